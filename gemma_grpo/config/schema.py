@@ -1,0 +1,234 @@
+"""Every setting: one frozen pydantic model per stage. Each field has a default, a unit and a sentence; unknown keys are errors.
+
+Owns what a setting means and its limits; reading recipes is recipe.py. Defaults: the reasons are in docs/method.md.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Stage(BaseModel):
+    """Base of every stage's settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class LoraSettings(Stage):
+    """The low-rank adapter of the policy and of the reward (arXiv:2106.09685)."""
+
+    r: Count = 8
+    """Rank of the update."""
+    alpha: Positive = 16
+    """Scale numerator: the update is multiplied by alpha / r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability of dropping an adapter input while training; sampling and scoring never drop."""
+    target_modules: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...] = ("q_proj", "v_proj")
+    """Linear layers that get an adapter. Never lm_head or embed_tokens: Gemma ties them, and merging would change both."""
+
+
+class SamplingSettings(Stage):
+    """Filters on the sampled distribution; off by default, because a filter makes the sampler differ from the scored policy."""
+
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Keep the smallest set of tokens with this probability mass; 1 keeps all."""
+
+
+class AdvantageSettings(Stage):
+    """How rewards become advantages (docs/method.md, advantages)."""
+
+    baseline: Literal["leave_one_out", "mean", "length_weighted"] = "leave_one_out"
+    """Subtracted from each reward: mean of the group's others (RLOO, unbiased), of all (GRPO), or length-weighted (OPO)."""
+    scale: Literal["batch", "group", "none"] = "batch"
+    """Divide by the std of the centred rewards of the batch, of each group's rewards (GRPO), or not at all (Dr. GRPO)."""
+    clip: Positive | None = 5.0
+    """Largest absolute advantage; null for no limit."""
+    aggregation: Literal["sum", "gdpo"] = "sum"
+    """Several rewards: weighted sum first, or each normalised within its group first (GDPO)."""
+
+
+class LossSettings(Stage):
+    """The policy surrogate (docs/method.md, losses)."""
+
+    type: Literal["ppo", "gspo", "cispo", "sapo"] = "ppo"
+    """Clipped token ratio (PPO, GRPO), clipped sequence ratio (GSPO), clipped weight (CISPO) or soft gate (SAPO)."""
+    aggregation: Literal["dr_grpo", "grpo", "dapo", "bnpo"] = "dr_grpo"
+    """Denominator: completions x max length, each completion's own length, all tokens of the step, or of the micro-batch."""
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Importance ratio is clipped below at 1 - clip_low."""
+    clip_high: Positive = 0.2
+    """Importance ratio is clipped above at 1 + clip_high. PPO 0.2; DAPO 0.28, for verifiable rewards (arXiv:2503.14476)."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """For negative advantages the loss is capped at -dual_clip x advantage; null for no cap."""
+    tis_cap: Positive | None = None
+    """Truncated importance sampling between sampler and trainer: weight min(ratio, cap); null when both are one engine."""
+
+
+class KLSettings(Stage):
+    """The leash to the reference, and the limit of one step (docs/method.md, KL)."""
+
+    placement: Literal["loss", "reward", "off"] = "loss"
+    """Penalty in the loss per token, in the reward per sequence, or none (the reference pass is then skipped)."""
+    estimator: Literal["ratio_k3", "ratio_k1", "k1", "k2", "k3"] = "ratio_k3"
+    """Per-token estimator in the loss. ratio_k3 descends the reverse KL; plain k3 descends the forward one."""
+    beta: NonNegative = 0.05
+    """Initial weight of the penalty, in units of advantage per nat."""
+    beta_min: NonNegative = 0.005
+    """The controller never goes below."""
+    beta_max: Positive = 1.0
+    """The controller never goes above."""
+    ref_target: Positive | None = 0.05
+    """KL to the reference the controller steers to, nat per token; null keeps beta fixed."""
+    step_limit: Positive | None = 0.05
+    """KL to the sampling policy, nat per token: above it the remaining passes stop, above 1.5 x it the update is rolled back."""
+    hard_stop_steps: Annotated[int, Field(ge=0)] = 20
+    """Stop training when the smoothed KL stays above twice ref_target for so many steps; 0 never stops."""
+
+
+class EntropySettings(Stage):
+    """Keeps the policy from collapsing; asleep until needed (docs/method.md, entropy)."""
+
+    threshold: NonNegative = 0.7
+    """The bonus wakes when entropy falls below this fraction of its first value; 0 switches it off."""
+    max_alpha_ratio: NonNegative = 0.1
+    """The bonus weight never exceeds this fraction of the KL weight: alpha tempers the reference to (beta + alpha) / beta."""
+    step: Positive = 0.05
+    """Change of the bonus weight per training step, as a fraction of its maximum: up while below the threshold, down above."""
+
+
+class OptimizerSettings(Stage):
+    """AdamW over the adapter's weights."""
+
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Decay of the second moment."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled decay per update."""
+    max_grad_norm: Positive | None = 1.0
+    """Gradients are scaled down to this norm; null for no limit."""
+    warmup_updates: Annotated[int, Field(ge=0)] = 0
+    """Updates over which the learning rate rises linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """After the warm-up: constant, or down to 0 at the last update."""
+
+
+class RewardModelSettings(Stage):
+    """Training of the "reward" adapter on preference pairs: Bradley-Terry on the judge's log-odds."""
+
+    path: str | None = None
+    """A trained reward adapter to use instead of training one."""
+    learning_rate: Positive = 1e-4
+    """Peak learning rate; linear decay to 0 over the one epoch."""
+    batch_size: Count = 16
+    """Pairs per update; both sides of a pair are always in one batch."""
+    max_pairs: Count | None = None
+    """Train on at most so many pairs; null for all."""
+    max_length: Annotated[int, Field(ge=16)] = 1024
+    """Longest dialogue in tokens, verdict included; longer ones lose whole turns from the left."""
+    centering: NonNegative = 0.01
+    """Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0 (arXiv:2312.09244)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Assumed share of wrong labels."""
+    shaping: Literal["par", "none"] = "par"
+    """PAR: sigmoid(reward - reward of the dataset's reply, or of the reference policy's mean) (arXiv:2502.18770)."""
+
+
+class DataSettings(Stage):
+    """Which rows, and how they are parted."""
+
+    source: str | None = None
+    """Name of the rows' origin such as "harmless-base"; null takes it from the file name."""
+    max_prompts: Count | None = None
+    """Train on at most so many prompts; null for all."""
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of conversations kept for evaluation; a conversation is never on both sides."""
+
+
+class EvaluationSettings(Stage):
+    """Before and after, on held-out prompts."""
+
+    num_prompts: Annotated[int, Field(ge=0)] = 128
+    """Held-out prompts sampled with and without the adapter; 0 skips the evaluation."""
+    num_completions: Count = 1
+    """Completions of each held-out prompt."""
+
+
+class GRPOConfig(Stage):
+    """The whole run. Same names in Python, in a recipe and as key=value on the command line."""
+
+    model_name: str = "google/gemma-3-4b-it"
+    """Hub id or folder of a Gemma 3 checkpoint; "miniature" is the tiny one that ships with the package."""
+    dataset: str = "Anthropic/hh-rlhf"
+    """Hub id or file of preference pairs or prompts; "miniature" is the shipped world."""
+    reward: dict[str, float] | None = None
+    """Reward name -> weight; null takes the trained generative reward with small rules against degenerate text."""
+    output_dir: str | None = None
+    """Run directory; null makes runs/<model>-<dataset>-<number>."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Decides adapter start, data order and every sampled token."""
+    learning_rate: Positive = 1e-5
+    """Peak learning rate of the policy adapter."""
+    batch_size: Count = 2
+    """Prompts per micro-step (not completions)."""
+    gradient_accumulation_steps: Count = 8
+    """Micro-steps per update; prompts per update = batch_size x this."""
+    epochs: Positive = 1.0
+    """Passes over the training prompts."""
+    max_steps: Count | None = None
+    """Stop after so many rollout batches, whatever epochs says."""
+    num_generations: Annotated[int, Field(ge=2)] = 8
+    """Completions per prompt (G); a group needs at least 2 to have a baseline."""
+    planning_steps: Count = 2
+    """Optimisation passes over one rollout batch."""
+    max_prompt_length: Annotated[int, Field(ge=8)] = 512
+    """Prompt tokens; longer conversations lose whole turns from the left, and a last turn that alone is longer is dropped and counted."""
+    max_completion_length: Count = 256
+    """Tokens sampled at most per completion, stop token included."""
+    temperature: Positive = 1.0
+    """Divides the logits, in sampling and in every log-probability alike."""
+    save_steps: Annotated[int, Field(ge=0)] = 50
+    """Steps between checkpoints; 0 saves at the end only."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Weights of the frozen base: auto takes bf16 where the hardware has it, else fp32. Plain fp16 overflows on Gemma 3."""
+    gradient_checkpointing: bool = True
+    """Recompute each layer in the backward pass: memory for about a third more time."""
+    lora: LoraSettings = LoraSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    advantage: AdvantageSettings = AdvantageSettings()
+    loss: LossSettings = LossSettings()
+    kl: KLSettings = KLSettings()
+    entropy: EntropySettings = EntropySettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    reward_model: RewardModelSettings = RewardModelSettings()
+    data: DataSettings = DataSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="after")
+    def _limits_agree(self) -> GRPOConfig:
+        if self.kl.beta_min > self.kl.beta_max:
+            raise ValueError(f"kl.beta_min is {self.kl.beta_min}, above kl.beta_max {self.kl.beta_max}. Lower kl.beta_min.")
+        if self.reward is not None and not self.reward:
+            raise ValueError("reward names no reward. Leave it out for the trained generative reward, or name one.")
+        return self
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts per rollout batch, all micro-steps of one update."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def completions_per_step(self) -> int:
+        """Completions per rollout batch."""
+        return self.prompts_per_step * self.num_generations
