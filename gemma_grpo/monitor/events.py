@@ -1,0 +1,297 @@
+"""The run directory: every file a run writes besides checkpoints and adapters, by one writer at a time.
+
+Owns its layout, the lock, append-only logs and atomic JSON. Not what the numbers mean, nor what a checkpoint holds (checkpoint.py).
+A log never keeps half a line: a write that fails is taken back, and the torn last line a crash may leave is cut off on opening.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from gemma_grpo.monitor.durable import RunDirectoryError, append_whole, cut_torn_line, to_json, translated, write_atomically
+from gemma_grpo.types import ScoredGroup, StepRecord
+
+__all__ = ["RunDirectory", "RunDirectoryError", "next_run_path"]
+
+RECIPE, RUN, METRICS, SAMPLES, EVENTS = "recipe.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "events.jsonl"
+_LOCK, _WRITER = ".lock", ".writer"
+_EXACT_LOGS = (METRICS, SAMPLES)
+"""Logs that resume to the byte. events.jsonl is not among them: it tells what happened, repeated steps included."""
+
+
+class RunDirectory:
+    """The files of one run. Make one with `create` or `open`; close it, or use it in a with statement."""
+
+    def __init__(self, path: Path, lock: FileLock) -> None:
+        self.path = path
+        self._lock = lock
+
+    @classmethod
+    def create(cls, path: str | Path, recipe_text: str, info: Mapping[str, Any], *, needed_bytes: int = 0) -> RunDirectory:
+        """A new run: recipe.yaml, run.json (`info`) and empty logs.
+
+        Raises RunDirectoryError, having written nothing, when the path is a file, holds a run, cannot be written, is in use
+        or its disk has less than `needed_bytes` free.
+        """
+        path = _usable_path(path)
+        _refuse_existing_run(path)
+        _check_room(path, needed_bytes)
+        made = _make_folders(path)
+        written: list[Path] = []
+        try:
+            run = cls(path, _acquire(path))
+            try:
+                _refuse_existing_run(path)  # again under the lock: another process may have been as quick
+                for name, text in {RECIPE: recipe_text, RUN: to_json(RUN, dict(info), indent=2), **dict.fromkeys(_LOGS, "")}.items():
+                    write_atomically(path / name, text)
+                    written.append(path / name)
+            except BaseException:
+                run.close()
+                raise
+        except BaseException:
+            _undo(written, made, path)
+            raise
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDirectory:
+        """An existing run, to resume or evaluate. Raises RunDirectoryError when there is none or another process writes it."""
+        path = _usable_path(path)
+        if not (path / RECIPE).is_file():
+            raise RunDirectoryError(
+                f"{path} is not a run directory: it has no {RECIPE}. Name the folder a training run wrote, such as runs/miniature-1."
+            )
+        run = cls(path, _acquire(path))
+        try:
+            for name in _LOGS:
+                cut_torn_line(path / name)
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved settings; training on this file repeats the run."""
+        return self.path / RECIPE
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints, step-00000012 and so on."""
+        return self.path / "checkpoints"
+
+    @property
+    def reward(self) -> Path:
+        """Folder of the trained reward adapter and its calibration.json."""
+        return self.path / "reward"
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the final policy adapter."""
+        return self.path / "adapter"
+
+    @property
+    def report(self) -> Path:
+        """The report's HTML file."""
+        return self.path / "report.html"
+
+    def append_metrics(self, record: StepRecord) -> None:
+        """Add a step's metrics to metrics.jsonl. No times: a repeated seeded run writes the identical file."""
+        self._append(METRICS, {"step": record.step, **record.metrics})
+
+    def append_samples(self, step: int, groups: Iterable[ScoredGroup]) -> None:
+        """Add every group of a step to samples.jsonl, one line each, all or none."""
+        self._append(SAMPLES, *(_sample(step, group) for group in groups))
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Add a line to events.jsonl: `kind`, the time in seconds since 1970, and `fields`."""
+        self._append(EVENTS, {"time": round(time.time(), 3), "kind": kind, **fields})
+
+    def write_json(self, name: str, data: Mapping[str, Any]) -> Path:
+        """Replace `name` (relative to the run directory, "reward/calibration.json") by `data`, whole or not at all."""
+        target = self.path / name
+        text = to_json(name, data, indent=2)
+        with translated(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(target, text)
+        return target
+
+    def read_run(self) -> dict[str, Any]:
+        """What run.json holds; empty when it is missing."""
+        path = self.path / RUN
+        if not path.exists():
+            return {}
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunDirectoryError(f"{path} is not JSON ({error}). Delete it: a run continues without it.") from error
+        if not isinstance(data, dict):
+            raise RunDirectoryError(f"{path} holds a {type(data).__name__}, not an object. Delete it: a run continues without it.")
+        return data
+
+    def update_run(self, **fields: Any) -> None:
+        """Set fields of run.json, keeping the others."""
+        self.write_json(RUN, {**self.read_run(), **fields})
+
+    def offsets(self) -> dict[str, int]:
+        """Sizes in bytes of metrics.jsonl and samples.jsonl, after they have reached the disk: what a checkpoint stores."""
+        sizes = {}
+        for name in _EXACT_LOGS:
+            with translated(self.path / name), (self.path / name).open("ab") as log:
+                os.fsync(log.fileno())
+                sizes[name] = log.tell()
+        return sizes
+
+    def truncate(self, offsets: Mapping[str, int]) -> None:
+        """Cut the logs back to what they were at a checkpoint, so that repeated steps are there once."""
+        for name in _EXACT_LOGS:
+            path = self.path / name
+            size = path.stat().st_size if path.exists() else 0
+            wanted = offsets.get(name, 0)
+            if size < wanted:
+                raise RunDirectoryError(
+                    f"{path} has {size} bytes, the checkpoint was made at {wanted}: lines were lost, so an exact resume is impossible. "
+                    "Restore the file, or start a new run in another folder."
+                )
+        for name in _EXACT_LOGS:
+            with translated(self.path / name), (self.path / name).open("ab") as log:
+                log.truncate(offsets.get(name, 0))
+                os.fsync(log.fileno())
+
+    def close(self) -> None:
+        """Let another process write. Closing twice is fine."""
+        if self._lock.is_locked:
+            (self.path / _WRITER).unlink(missing_ok=True)
+            self._lock.release()
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _append(self, name: str, *records: Mapping[str, Any]) -> None:
+        append_whole(self.path / name, "".join(to_json(name, record) + "\n" for record in records).encode())
+
+
+_LOGS = (METRICS, SAMPLES, EVENTS)
+
+
+def next_run_path(root: str | Path, stem: str) -> Path:
+    """`root/<stem>-<n>` with the first number above every one taken; `stem` is reduced to a-z, 0-9, dot, dash and underscore."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("._-")[:48].rstrip("._-") or "run"
+    root = Path(root)
+    pattern = re.compile(rf"{re.escape(name)}-(\d+)")
+    entries = root.iterdir() if root.is_dir() else iter(())
+    taken = [int(match[1]) for entry in entries if (match := pattern.fullmatch(entry.name))]
+    return root / f"{name}-{max(taken, default=0) + 1}"
+
+
+def _sample(step: int, scored: ScoredGroup) -> dict[str, Any]:
+    group = scored.group
+    return {
+        "step": step,
+        "prompt_id": group.prompt.prompt_id,
+        "source": group.prompt.source,
+        "prompt": list(group.prompt.messages),
+        "completions": [
+            {
+                "text": completion.text,
+                "reward": scored.rewards[index],
+                "parts": {name: values[index] for name, values in scored.reward_parts.items()},
+                "advantage": scored.advantages[index],
+                "length": len(completion.token_ids),
+                "finish": completion.finish,
+            }
+            for index, completion in enumerate(group.completions)
+        ],
+    }
+
+
+def _usable_path(path: str | Path) -> Path:
+    if "\0" in str(path):
+        raise RunDirectoryError(f"{str(path)!r} cannot be a folder: it contains a NUL character. Choose another output_dir.")
+    return Path(path)
+
+
+def _refuse_existing_run(path: Path) -> None:
+    with translated(path):
+        if path.exists() and not path.is_dir():
+            raise RunDirectoryError(f"{path} is a file; a run needs a folder. Choose another output_dir, or move the file away.")
+        holds = next((name for name in (RECIPE, RUN, *_LOGS) if (path / name).exists()), None)
+    if holds:
+        raise RunDirectoryError(
+            f"{path} already holds a run (it contains {holds}). Choose another output_dir, resume that run, or move the folder away."
+        )
+
+
+def _check_room(path: Path, needed_bytes: int) -> None:
+    """Raise before anything is written when the nearest existing folder cannot be written or its disk is too full."""
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise RunDirectoryError(f"{folder} is a file, so {path} cannot be made inside it. Choose another output_dir.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise RunDirectoryError(f"{folder} cannot be written by this user. Choose another output_dir, or change the folder's permissions.")
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise RunDirectoryError(
+            f"the disk of {folder} has {free / 1e6:.0f} MB free; the run needs about {needed_bytes / 1e6:.0f} MB. "
+            "Free some room, or choose an output_dir on another disk."
+        )
+
+
+def _make_folders(path: Path) -> list[Path]:
+    """Create the folder and its parents; what was newly made, innermost first."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    with translated(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _undo(written: Sequence[Path], made: Sequence[Path], path: Path) -> None:
+    """Take back a creation that failed, touching nothing that was there before."""
+    for file in written:
+        file.unlink(missing_ok=True)
+    if path in made:  # an older folder may hold the lock of another process
+        (path / _LOCK).unlink(missing_ok=True)
+    for folder in made:
+        try:
+            folder.rmdir()
+        except OSError:
+            return  # someone else put a file there
+
+
+def _acquire(path: Path) -> FileLock:
+    lock = FileLock(path / _LOCK, timeout=0, thread_local=False)
+    with translated(path / _LOCK):
+        try:
+            lock.acquire()
+        except Timeout:  # an OSError too, so it must be caught inside
+            raise RunDirectoryError(
+                f"{path} is being written by {_holder(path)}. Wait until that run ends or stop it, or choose another output_dir."
+            ) from None
+    try:
+        write_atomically(path / _WRITER, f"{os.getpid()}\n")
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+def _holder(path: Path) -> str:
+    try:
+        return f"process {int((path / _WRITER).read_text(encoding='ascii'))}"
+    except (OSError, ValueError):
+        return "another process"
