@@ -1,5 +1,37 @@
 """Settings: what they mean (schema.py) and how a recipe is read (recipe.py). Loads no torch."""
 
-from gemma_grpo.config.schema import GRPOConfig
+from gemma_grpo.config.problems import ConfigError, Problem
+from gemma_grpo.config.recipe import build_config, dump_recipe, load_recipe, parse_overrides
+from gemma_grpo.config.schema import (
+    AdvantageSettings,
+    DataSettings,
+    EntropySettings,
+    EvaluationSettings,
+    GRPOConfig,
+    KLSettings,
+    LoraSettings,
+    LossSettings,
+    OptimizerSettings,
+    RewardModelSettings,
+    SamplingSettings,
+)
 
-__all__ = ["GRPOConfig"]
+__all__ = [
+    "AdvantageSettings",
+    "ConfigError",
+    "DataSettings",
+    "EntropySettings",
+    "EvaluationSettings",
+    "GRPOConfig",
+    "KLSettings",
+    "LoraSettings",
+    "LossSettings",
+    "OptimizerSettings",
+    "Problem",
+    "RewardModelSettings",
+    "SamplingSettings",
+    "build_config",
+    "dump_recipe",
+    "load_recipe",
+    "parse_overrides",
+]
