@@ -1,0 +1,205 @@
+"""Preference rows -> PreferencePair: hh-rlhf's transcripts and the conversational form, every dropped row counted with its reason.
+
+Owns the parse recipe and the drop reasons. Reading files is sources.py, tokens are chat.py and prompts.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice, tee
+from typing import Any
+
+from gemma_grpo.data.sources import DataAccessError, DataError, RowSource, describe_columns, open_rows
+from gemma_grpo.types import Message, PreferencePair, Role
+
+__all__ = ["DataAccessError", "DataError", "LoadedPairs", "load_hh_rlhf", "message_turns", "parse_pairs", "transcript_turns"]
+
+NAMED_REASONS = ("empty_final_reply", "prompts_differ", "roles_do_not_alternate")
+"""Reasons real hh-rlhf rows are dropped for; a row is counted under the first that applies, in this order."""
+
+_MARKER = re.compile(r"\n\n(Human|Assistant):")
+_SPEAKER: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
+_CONSUMED = ("chosen", "rejected", "prompt")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedPairs:
+    """Usable pairs of one source: rows = kept + sum of dropped."""
+
+    pairs: tuple[PreferencePair, ...]
+    rows: int
+    dropped: Mapping[str, int]
+    """Reason -> rows. The reasons of hh-rlhf itself are always there, further ones only when they occurred:
+    not_a_pair (no chosen and rejected conversations), not_text (unpaired surrogates), last_turn_not_assistant."""
+
+    @property
+    def kept(self) -> int:
+        """Number of usable pairs."""
+        return len(self.pairs)
+
+
+class UnusableRowError(Exception):
+    """Why a row is dropped; never leaves this package."""
+
+
+def load_hh_rlhf(source: RowSource, *, name: str | None = None) -> LoadedPairs:
+    """Preference pairs of a file (.jsonl, .json, either also .gz, or .parquet), a Hub id, a list of rows or a datasets.Dataset.
+
+    A row holds "chosen" and "rejected": transcripts ("\\n\\nHuman: ...\\n\\nAssistant: ...") or lists of role/content messages, whole
+    conversations or continuations of a further "prompt". `name` becomes each pair's source; without it the row's own
+    "source" column does, or else the file's or dataset's name. Raises DataError, also when no row is usable.
+    """
+    opened = open_rows(source)
+    rows, seen = tee(opened.rows)
+    first = list(islice(seen, 100))
+    del seen  # or tee would hold every row
+    loaded = parse_pairs(rows, fallback_name=opened.name, name=name)
+    if not loaded.pairs:
+        raise DataError(no_usable_row(opened.place, first, loaded.rows, loaded.dropped))
+    return loaded
+
+
+def parse_pairs(rows: Iterable[Any], *, fallback_name: str = "dataset", name: str | None = None) -> LoadedPairs:
+    """Pairs of already read rows; whatever a row holds, it becomes a pair or is counted under a reason."""
+    pairs: list[PreferencePair] = []
+    dropped = Counter(dict.fromkeys(NAMED_REASONS, 0))
+    for row in rows:
+        try:
+            pairs.append(row if isinstance(row, PreferencePair) else _parse_pair(row, fallback_name, name))
+        except UnusableRowError as reason:
+            dropped[str(reason)] += 1
+    return LoadedPairs(tuple(pairs), len(pairs) + dropped.total(), dict(dropped))
+
+
+def no_usable_row(place: str, first: Sequence[Any], rows: int, dropped: Mapping[str, int]) -> str:
+    """The message for data of which nothing is left."""
+    if not rows:
+        return f"{place} holds no rows. Download it again, or give another file."
+    counts = ", ".join(f"{reason} {number}" for reason, number in dropped.items() if number)
+    return (
+        f"{place}: none of {rows} rows is usable ({counts}); {describe_columns(first)}. Expected chosen and rejected "
+        "(transcripts or lists of role/content messages), or for prompt datasets prompt or messages. Rename the columns to these."
+    )
+
+
+def transcript_turns(text: str) -> list[Message] | None:
+    """Turns of a transcript, split on the exact markers "\\n\\nHuman:" and "\\n\\nAssistant:" and stripped; None if it is not one.
+
+    A label inside a turn, without the blank line before it, is text of that turn. A transcript whose first blank line was
+    stripped away is read all the same.
+    """
+    if text.lstrip().startswith(("Human:", "Assistant:")):
+        text = "\n\n" + text.lstrip()
+    head, *parts = _MARKER.split(text)
+    if head.strip() or not parts:
+        return None
+    return [{"role": _SPEAKER[speaker], "content": content.strip()} for speaker, content in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def message_turns(value: Any) -> list[Message] | None:
+    """A list of role/content messages, contents stripped; None if it is anything else, such as turns with images."""
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or not value:
+        return None
+    turns: list[Message] = []
+    for item in value:
+        if not isinstance(item, Mapping):
+            return None
+        role, content = item.get("role"), item.get("content")
+        if role not in ("system", "user", "assistant") or not isinstance(content, str):
+            return None
+        turns.append({"role": role, "content": content.strip()})
+    return turns
+
+
+def check_text(turns: Iterable[Message]) -> None:
+    """Raise UnusableRowError for half surrogate pairs: JSON can spell them, but they are no text and no tokenizer takes them."""
+    for turn in turns:
+        try:
+            turn["content"].encode("utf-8")
+        except UnicodeEncodeError:
+            raise UnusableRowError("not_text") from None
+
+
+def alternates(turns: Sequence[Message]) -> bool:
+    """Whether roles run user, assistant, user, ..., after an optional system message."""
+    spoken = turns[1:] if turns and turns[0]["role"] == "system" else turns
+    return all(turn["role"] == ("user", "assistant")[index % 2] for index, turn in enumerate(spoken))
+
+
+def content_hash(content: Any) -> str:
+    """16 hex digits of the SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(content, ensure_ascii=True, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def row_columns(row: Mapping[Any, Any], consumed: Sequence[str]) -> dict[str, Any]:
+    """The row's further columns, without those already read and without its source."""
+    read = (*consumed, "source") if isinstance(row.get("source"), str) else consumed
+    return {str(key): value for key, value in row.items() if key not in read}
+
+
+def row_source(row: Mapping[Any, Any], fallback_name: str, name: str | None) -> str:
+    """The name argument, else the row's own source, else the name of file or dataset."""
+    own = row.get("source")
+    return name or (own if isinstance(own, str) and own else fallback_name)
+
+
+def _parse_pair(row: Any, fallback_name: str, name: str | None) -> PreferencePair:
+    if not isinstance(row, Mapping):
+        raise UnusableRowError("not_a_pair")
+    chosen, rejected = (_side(row.get("prompt"), row.get(side)) for side in ("chosen", "rejected"))
+    check_text([*chosen, *rejected])
+    if not chosen[-1]["content"] or not rejected[-1]["content"]:
+        raise UnusableRowError("empty_final_reply")
+    if chosen[:-1] != rejected[:-1]:
+        raise UnusableRowError("prompts_differ")
+    if not alternates(chosen) or not alternates(rejected):
+        raise UnusableRowError("roles_do_not_alternate")
+    if chosen[-1]["role"] != "assistant":
+        raise UnusableRowError("last_turn_not_assistant")
+    replies = chosen[-1]["content"], rejected[-1]["content"]
+    return PreferencePair(
+        pair_id=content_hash([chosen[:-1], *replies]),
+        source=row_source(row, fallback_name, name),
+        messages=tuple(chosen[:-1]),
+        chosen=replies[0],
+        rejected=replies[1],
+        columns=row_columns(row, _CONSUMED),
+    )
+
+
+def _side(prompt: Any, reply: Any) -> list[Message]:
+    """One side as a whole conversation: it is one itself, or it continues the prompt."""
+    if prompt is None:
+        return _required(transcript_turns(reply) if isinstance(reply, str) else message_turns(reply))
+    if isinstance(reply, str):
+        if reply.startswith("\n\nHuman:"):
+            return _required(transcript_turns(reply))
+        return [*_prompt_turns(prompt), {"role": "assistant", "content": reply.strip()}]
+    turns = _required(message_turns(reply))
+    return turns if turns[0]["role"] != "assistant" else [*_prompt_turns(prompt), *turns]
+
+
+def _prompt_turns(prompt: Any) -> list[Message]:
+    turns = _required(prompt_turns(prompt))
+    # an open "\n\nAssistant:" at the end is where the replies go on, not a turn
+    if isinstance(prompt, str) and turns[-1] == {"role": "assistant", "content": ""}:
+        turns.pop()
+    return turns
+
+
+def prompt_turns(prompt: Any) -> list[Message] | None:
+    """Turns of a `prompt` column: a transcript, one user turn of plain text, or role/content messages; None if it is neither."""
+    if isinstance(prompt, str):
+        return transcript_turns(prompt) or [{"role": "user", "content": prompt.strip()}]
+    return message_turns(prompt)
+
+
+def _required(turns: list[Message] | None) -> list[Message]:
+    if not turns:
+        raise UnusableRowError("not_a_pair")
+    return turns

@@ -1,0 +1,220 @@
+"""Rows from wherever they lie: a file, the Hub, a list, a datasets.Dataset. Every way of failing has its own sentence.
+
+Owns reading and naming; it does not know what a row means (hh_rlhf.py, prompts.py).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+RowSource: TypeAlias = "str | os.PathLike[str] | Iterable[Any]"
+
+FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+_LFS_HEAD = b"version https://git-lfs"
+_GZIP_HEAD = b"\x1f\x8b"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+class DataError(ValueError):
+    """Data that cannot be used: what is wrong, where, and how to mend it."""
+
+
+class DataAccessError(DataError):
+    """A Hub dataset that could not be reached: gated, private, missing, or not cached while offline."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of one source, read as they are asked for; they can be iterated once."""
+
+    name: str
+    """Short name of the origin: "harmless-base" for .../harmless-base.dev.jsonl.gz, "hh-rlhf" for Anthropic/hh-rlhf."""
+    place: str
+    """The origin as an error message names it."""
+    rows: Iterator[Any]
+
+
+def open_rows(source: RowSource) -> Rows:
+    """Rows of a file, a Hub id, a list of rows or a datasets.Dataset; of several splits "train" is read.
+
+    Raises DataError for what can be seen before the first row; reading on raises it with the line number.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        text = os.fspath(source)
+        if not text:
+            raise DataError("the dataset's name is empty. Give a path, or a Hub id such as Anthropic/hh-rlhf.")
+        path = Path(os.path.expanduser(text))
+        if os.path.exists(path) or not _looks_like_hub_id(text):
+            return Rows(_file_name(path), str(path), _file_rows(_checked_file(path)))
+        return Rows(text.rpartition("/")[2], f"Hub dataset {text}", _hub_rows(text))
+    if isinstance(source, Mapping):
+        return open_rows(_one_split(source, "the dataset"))
+    if not isinstance(source, Iterable):
+        raise DataError(f"the dataset is of type {type(source).__name__}. Give a path, a Hub id, a list of rows or a datasets.Dataset.")
+    name = getattr(getattr(source, "info", None), "dataset_name", None) or "dataset"
+    return Rows(str(name), "the given rows", iter(source))
+
+
+def describe_columns(rows: Iterable[Any]) -> str:
+    """The columns of some rows, for an error message."""
+    names: dict[str, None] = {}
+    kinds: dict[str, None] = {}
+    for row in rows:
+        if isinstance(row, Mapping):
+            names.update(dict.fromkeys(str(key)[:40] for key in row))
+        else:
+            kinds[type(row).__name__] = None
+    if names:
+        return f"columns found: {', '.join(list(names)[:12])}"
+    return f"rows of type {', '.join(kinds)}" if kinds else "no rows found"
+
+
+def _looks_like_hub_id(text: str) -> bool:
+    is_path = text.endswith(FORMATS) or Path(text.partition("/")[0]).is_dir()
+    return _HUB_ID.fullmatch(text) is not None and not is_path
+
+
+def _file_name(path: Path) -> str:
+    return path.name.partition(".")[0] or "dataset"
+
+
+def _checked_file(path: Path) -> Path:
+    if not os.path.exists(path):  # not path.exists(): that raises for names too long to be one
+        raise DataError(f"{str(path)[:200]}: no such file. {_nearest_files(path)}A Hub dataset is named owner/name.")
+    if path.is_dir():
+        inside = _data_files(path)
+        found = f"It holds {', '.join(inside[:5])}: give one of these." if inside else f"Give a file: {', '.join(FORMATS)}."
+        raise DataError(f"{path} is a folder. {found}")
+    if not path.is_file():
+        raise DataError(f"{path} is not a regular file. Give a file: {', '.join(FORMATS)}.")
+    if not path.name.endswith(FORMATS):
+        raise DataError(f"{path}: unknown kind of file. Known are {', '.join(FORMATS)}; convert it, or pass a list of rows from Python.")
+    try:
+        _check_head(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from error
+    return path
+
+
+def _check_head(path: Path) -> None:
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
+        raise DataError(f"{path} is empty (0 bytes). Download it again.")
+    if head.startswith(_LFS_HEAD):
+        raise DataError(f"{path} is a Git LFS pointer, not the data. Run `git lfs pull` in its repository.")
+    if path.suffix == ".gz" and not head.startswith(_GZIP_HEAD):
+        raise DataError(f"{path} is named .gz but is not gzip-compressed. Rename it without .gz, or download it again.")
+
+
+def _data_files(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(FORMATS))
+    except (OSError, ValueError):
+        return []
+
+
+def _nearest_files(path: Path) -> str:
+    near = get_close_matches(path.name, _data_files(path.parent), n=3, cutoff=0.5)
+    return f"Nearest: {', '.join(str(path.parent / name) for name in near)}. " if near else ""
+
+
+def _file_rows(path: Path) -> Iterator[Any]:
+    if path.suffix == ".parquet":
+        return _parquet_rows(path)
+    if path.name.endswith((".json", ".json.gz")):
+        return _json_rows(path)
+    return _jsonl_rows(path)
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _jsonl_rows(path: Path) -> Iterator[Any]:
+    number = 0
+    with _open(path) as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                text = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
+                if text:
+                    yield _parsed(text, f"{path}:{number}")
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise _broken_gzip(path, f"after line {number}") from error
+
+
+def _json_rows(path: Path) -> Iterator[Any]:
+    with _open(path) as file:
+        try:
+            data = file.read()
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise _broken_gzip(path, "before its end") from error
+    rows = _parsed(data.removeprefix(b"\xef\xbb\xbf"), str(path))
+    if not isinstance(rows, list):
+        raise DataError(f"{path} holds {type(rows).__name__}, expected a list of objects. One object a line belongs in a .jsonl file.")
+    yield from rows
+
+
+def _parsed(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}). Save the file as UTF-8.") from error
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise DataError(f"{where}: not JSON ({reason}). The file may be cut off: download it again, or mend this line.") from error
+
+
+def _broken_gzip(path: Path, where: str) -> DataError:
+    return DataError(f"{path}: the gzip data breaks off or is damaged {where}. Download it again.")
+
+
+def _parquet_rows(path: Path) -> Iterator[Any]:
+    # pyarrow, which datasets reads with: going through datasets would first copy the file into its cache
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a readable parquet file ({str(error)[:200]}). Download it again.") from error
+
+
+def _hub_rows(hub_id: str) -> Iterator[Any]:
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        loaded = datasets.load_dataset(hub_id)
+    except (OSError, HfHubHTTPError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataAccessError(f"Hub dataset {hub_id} could not be loaded ({_first_line(error)}). {_access_remedy(hub_id)}") from error
+    return iter(_one_split(loaded, f"Hub dataset {hub_id}"))
+
+
+def _access_remedy(hub_id: str) -> str:
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return f"HF_HUB_OFFLINE is set: run once online, `hf download --repo-type dataset {hub_id}`, or give a file."
+    return "Check the name and the network; a gated or private dataset needs its terms accepted and `hf auth login`. Or give a file."
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _one_split(splits: Mapping[Any, Any], place: str) -> Iterable[Any]:
+    chosen = "train" if "train" in splits else next(iter(splits), None) if len(splits) == 1 else None
+    rows = splits[chosen] if chosen is not None else None
+    if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
+        found = ", ".join(map(str, splits)) or "nothing"
+        raise DataError(f"{place} has no split named train (found: {found}). Pass one split, or a list of rows.")
+    return rows
