@@ -1,3 +1,149 @@
-"""The generative reward: log-odds that Gemma answers "Yes" to "is this a good reply?"."""
+"""The generative reward: log-odds that Gemma answers "Yes" to "is this a good reply?", zero-shot or trained on preference pairs.
+
+There is no head: the reward adapter starts from the model's own verdict, above chance, and scores a rollout's own tokens
+followed by a fixed suffix. Training is Bradley-Terry on those same log-odds. Quality figures are quality.py's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from gemma_grpo.config.schema import RewardModelSettings
+from gemma_grpo.data.batch import GroupBatch, pad_groups, pad_rollouts
+from gemma_grpo.data.chat import encode_plain, judge_suffix_ids, reply_ids
+from gemma_grpo.data.prompts import fit_dialogue
+from gemma_grpo.model.attention import GroupLayout
+from gemma_grpo.model.gemma import Gemma, ModelRole
+from gemma_grpo.types import PreferencePair, RolloutGroup
 
 JUDGE_QUESTION = "Is this a good reply? Good replies are correct, helpful, harmless and brief. Answer Yes or No."
+
+Progress = Callable[[int, int, float, float], None]
+"""Called with update, number of updates, loss and share of pairs ranked right."""
+
+
+class Judge:
+    """Reads verdicts: knows the question's tokens and the two answers' rows of the head."""
+
+    def __init__(self, model: Gemma) -> None:
+        self.model = model
+        self.suffix = judge_suffix_ids(model.tokenizer, JUDGE_QUESTION)
+        self.yes, self.no = (_first_token(model, answer) for answer in ("Yes", "No"))
+
+    def log_odds(self, batch: GroupBatch) -> Float[Tensor, "N G"]:
+        """logit(Yes) - logit(No) after the last token of each completion, which ends with the suffix; of the model's present role."""
+        layout = GroupLayout(batch)
+        ends = batch.completion_mask.sum(-1, keepdim=True) - 1
+        last = layout.completion_index.gather(-1, ends)[..., 0]  # (N, G)
+        hidden = self.model.hidden_states(layout)[last.flatten()]
+        head = self.model.head_weight
+        # two rows of the head instead of 262,144; their difference is taken in float32
+        direction = head[self.yes].detach().float() - head[self.no].detach().float()
+        return (hidden.float() @ direction).view(last.shape)
+
+
+class GenerativeReward:
+    """Scores rollouts by the judge's log-odds, with the trained reward adapter or zero-shot (role "reference")."""
+
+    def __init__(self, model: Gemma, *, role: ModelRole = "reward", prompts_per_pass: int = 8, name: str = "generative") -> None:
+        self.name, self.role, self.prompts_per_pass = name, role, prompts_per_pass
+        self.judge = Judge(model)
+
+    def score(self, groups: Sequence[RolloutGroup]) -> list[list[float | None]]:
+        """Log-odds of each completion, [N][G]. A completion cut by the length limit is judged as it is, unfinished."""
+        model, scores = self.judge.model, list[list[float | None]]()
+        with model.role(self.role), torch.no_grad():
+            for start in range(0, len(groups), self.prompts_per_pass):
+                batch = pad_rollouts(groups[start : start + self.prompts_per_pass], self.judge.suffix).to(model.device)
+                scores.extend(self.judge.log_odds(batch).tolist())
+        return scores
+
+
+@dataclass(frozen=True, slots=True)
+class TokenisedPair:
+    """A pair as the judge reads it: the conversation once, then both replies with the question after them."""
+
+    pair: PreferencePair
+    prompt_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...]
+
+
+def tokenise_pairs(judge: Judge, pairs: Sequence[PreferencePair], max_length: int) -> tuple[list[TokenisedPair], int]:
+    """Pairs ready for scoring, and how many were dropped because their replies alone exceed max_length tokens.
+
+    Dialogues lose whole turns from the left, never from the right: the right end carries the label.
+    """
+    tokenizer, kept = judge.model.tokenizer, list[TokenisedPair]()
+    for pair in pairs:
+        chosen, rejected = ((*reply_ids(tokenizer, reply), *judge.suffix) for reply in (pair.chosen, pair.rejected))
+        fitted = fit_dialogue(tokenizer, pair.messages, max_length - max(len(chosen), len(rejected)))
+        if fitted is not None:
+            kept.append(TokenisedPair(pair, tuple(fitted.token_ids), chosen, rejected))
+    return kept, len(pairs) - len(kept)
+
+
+def score_pairs(judge: Judge, pairs: Sequence[TokenisedPair], role: ModelRole, batch_size: int) -> Float[Tensor, "N 2"]:
+    """Log-odds of the chosen and the rejected reply of each pair."""
+    with judge.model.role(role), torch.no_grad():
+        pieces = [judge.log_odds(_pair_batch(judge, pairs[i : i + batch_size])).cpu() for i in range(0, len(pairs), batch_size)]
+    return torch.cat([torch.zeros(0, 2), *pieces])
+
+
+def bradley_terry_loss(
+    rewards: Float[Tensor, "N 2"], *, centering: float = 0.0, label_smoothing: float = 0.0
+) -> Float[Tensor, ""]:
+    """Mean over pairs of -log sigmoid(r_chosen - r_rejected) + centering (r_chosen + r_rejected)^2, in nats.
+
+    label_smoothing is the assumed share of wrong labels. Sources: Bradley and Terry 1952; centring arXiv:2312.09244;
+    smoothing arXiv:2305.18290's conservative form.
+    """
+    margin = rewards[:, 0] - rewards[:, 1]
+    likelihood = (1 - label_smoothing) * logsigmoid(margin) + label_smoothing * logsigmoid(-margin)
+    return (centering * rewards.sum(-1).square() - likelihood).mean()
+
+
+def train_reward_adapter(
+    judge: Judge, pairs: Sequence[TokenisedPair], settings: RewardModelSettings, *, seed: int, progress: Progress | None = None
+) -> None:
+    """One epoch of Bradley-Terry over the pairs, in place on the "reward" adapter: AdamW, warm-up over a tenth, then linear to 0.
+
+    Both sides of a pair are always in one batch, and their conversation is computed once. Raises FloatingPointError on a
+    loss that is not finite, before the update.
+    """
+    order = sorted(pairs, key=lambda item: hashlib.sha256(f"{seed}/{item.pair.pair_id}".encode()).digest())
+    updates = -(-len(order) // settings.batch_size)
+    parameters = list(judge.model.adapter_parameters("reward").values())
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
+    warmup = max(1, updates // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda u: min((u + 1) / warmup, (updates - u) / max(1, updates - warmup)))
+    for update in range(updates):
+        batch = order[update * settings.batch_size : (update + 1) * settings.batch_size]
+        with judge.model.role("reward", train=True):
+            rewards = judge.log_odds(_pair_batch(judge, batch))
+            loss = bradley_terry_loss(rewards, centering=settings.centering, label_smoothing=settings.label_smoothing)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"reward adapter: the loss is {loss.item()} at update {update + 1}. Lower reward_model.learning_rate.")
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if progress is not None:
+            progress(update + 1, updates, loss.item(), (rewards[:, 0] > rewards[:, 1]).float().mean().item())
+
+
+def _pair_batch(judge: Judge, pairs: Sequence[TokenisedPair]) -> GroupBatch:
+    batch = pad_groups([pair.prompt_ids for pair in pairs], [(pair.chosen_ids, pair.rejected_ids) for pair in pairs])
+    return batch.to(judge.model.device)
+
+
+def _first_token(model: Gemma, answer: str) -> int:
+    return encode_plain(model.tokenizer, answer)[0]

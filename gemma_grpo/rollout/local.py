@@ -1,0 +1,82 @@
+"""The in-process engine: samples with the very weights that are trained, prompt by prompt prefilled once for its whole group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gemma_grpo.data.batch import GroupBatch, pad_groups
+from gemma_grpo.data.chat import STOP_IDS, reply_text
+from gemma_grpo.model.attention import DecodeLayout, GroupLayout
+from gemma_grpo.model.gemma import Gemma
+from gemma_grpo.rollout.engine import SamplingParams
+from gemma_grpo.rollout.sampling import draw, row_keys, sampling_logprobs, uniforms
+from gemma_grpo.types import Completion, Prompt, RolloutGroup
+
+
+class LocalEngine:
+    """Samples in eval mode, in the dtype and with the adapter of training: |sampling - training log-prob| is rounding alone."""
+
+    def __init__(self, model: Gemma, *, stop_ids: Sequence[int] = STOP_IDS) -> None:
+        self.model = model
+        self.stop_ids = torch.tensor(stop_ids)
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[RolloutGroup]:
+        """One group of params.num_generations completions per prompt, in order."""
+        if not prompts:
+            return []
+        with self.model.role(params.role):
+            tokens, logprobs, lengths = self._decode(prompts, params)
+        completions = [
+            self._completion(tokens[row, :length].tolist(), logprobs[row, :length].tolist()) for row, length in enumerate(lengths.tolist())
+        ]
+        size = params.num_generations
+        return [RolloutGroup(prompt, tuple(completions[n * size : (n + 1) * size]), params.step) for n, prompt in enumerate(prompts)]
+
+    def _decode(
+        self, prompts: Sequence[Prompt], params: SamplingParams
+    ) -> tuple[Int[Tensor, "B C"], Float[Tensor, "B C"], Int[Tensor, " B"]]:
+        """Tokens, their log-probabilities and how many of each row count."""
+        device, group = self.model.device, params.num_generations
+        prefill = GroupLayout(_prompts_alone(prompts).to(device), keep_prompt_kv=True)
+        last = self.model.hidden_states(prefill)[prefill.last_prompt_index]
+        hidden = last.repeat_interleave(group, 0)  # (B, D): a group shares its prompt's last hidden state
+        decode = DecodeLayout(prefill, group, params.max_completion_length)
+        keys = row_keys(params.seed, params.step, [prompt.prompt_id for prompt in prompts], group).to(device)
+        tokens = torch.zeros((len(keys), params.max_completion_length), dtype=torch.long, device=device)
+        logprobs = torch.zeros(tokens.shape, device=device)
+        lengths = torch.full((len(keys),), params.max_completion_length, device=device)
+        running = torch.ones(len(keys), dtype=torch.bool, device=device)
+        for position in range(params.max_completion_length):
+            token, logprob = self._next(hidden, keys, position, params)
+            tokens[:, position], logprobs[:, position] = token, logprob
+            stopped = running & torch.isin(token, self.stop_ids.to(device))
+            lengths[stopped] = position + 1
+            running &= ~stopped
+            if not running.any() or position + 1 == params.max_completion_length:
+                break
+            hidden = self.model.hidden_states(decode, input_ids=token[:, None], position_ids=decode.next_positions())
+            decode.advance()
+        return tokens, logprobs, lengths
+
+    def _next(
+        self, hidden: Float[Tensor, "B D"], keys: Int[Tensor, " B"], position: int, params: SamplingParams
+    ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
+        logits = self.model.logits(hidden)
+        distribution = sampling_logprobs(logits, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p)
+        if not torch.isfinite(distribution.amax(-1)).all():
+            raise FloatingPointError(f"the {params.role}'s logits are not finite at completion position {position}: its weights have diverged.")
+        token = draw(distribution, uniforms(keys, position))
+        return token, distribution.gather(-1, token[:, None])[:, 0]
+
+    def _completion(self, token_ids: list[int], logprobs: list[float]) -> Completion:
+        finish = "stop" if token_ids[-1] in self.stop_ids.tolist() else "length"
+        return Completion(reply_text(self.model.tokenizer, token_ids), tuple(token_ids), tuple(logprobs), finish)  # type: ignore[arg-type]
+
+
+def _prompts_alone(prompts: Sequence[Prompt]) -> GroupBatch:
+    return pad_groups([prompt.token_ids for prompt in prompts], [[()] for _ in prompts])
