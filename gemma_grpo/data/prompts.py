@@ -1,6 +1,6 @@
 """Conversations -> Prompt: token ids within a limit, no duplicates; splits and orders that are pure functions of content.
 
-Owns left-truncation by whole turns, for rollouts and for the reward's training pairs alike. Parsing rows is hh_rlhf.py.
+Owns left-truncation by whole turns, for rollouts and for the reward's training alike. Parsing rows is hh_rlhf.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gemma_grpo.data.chat import prompt_ids, reply_ids
+from gemma_grpo.data.chat import prompt_ids
 from gemma_grpo.data.hh_rlhf import (
     LoadedPairs,
     UnusableRowError,
@@ -72,26 +72,12 @@ class BuiltPrompts:
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedPair:
-    """A preference pair as the reward is trained on it; the replies end as a finished rollout does."""
+class FittedDialogue:
+    """The end of a conversation that fits a token limit."""
 
-    pair: PreferencePair
-    conversation_id: str
-    prompt_ids: tuple[int, ...]
-    chosen_ids: tuple[int, ...]
-    rejected_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedPairs:
-    """Pairs as token ids: rows = number of pairs + sum of dropped."""
-
-    pairs: tuple[EncodedPair, ...]
-    rows: int
-    dropped: Mapping[str, int]
-    """Reason -> rows: pair_too_long."""
-    shortened: int
-    """Pairs whose conversation lost its oldest turns to the token limit."""
+    messages: tuple[Message, ...]
+    token_ids: tuple[int, ...]
+    """<bos> and the open model turn included."""
 
 
 def load_dataset_rows(source: RowSource, *, name: str | None = None) -> LoadedPairs | LoadedPrompts:
@@ -141,7 +127,7 @@ def build_prompts(items: Iterable[PreferencePair | PromptRow], tokenizer: PreTra
         if fitted is None:
             dropped["prompt_too_long"] += 1
             continue
-        prompt = _prompt(item, *fitted)
+        prompt = _prompt(item, fitted)
         if prompt.prompt_id in prompts:
             dropped["duplicate_prompt"] += 1
             continue
@@ -150,33 +136,8 @@ def build_prompts(items: Iterable[PreferencePair | PromptRow], tokenizer: PreTra
     return BuiltPrompts(tuple(prompts.values()), len(prompts) + dropped.total(), dict(dropped), shortened)
 
 
-def encode_pairs(
-    pairs: Iterable[PreferencePair], tokenizer: PreTrainedTokenizerBase, max_length: int, *, reserved: int = 0
-) -> EncodedPairs:
-    """Pairs whose conversation, longer reply and `reserved` further tokens (the judge's question) fit into max_length.
-
-    The conversation loses whole turns from the left, the same for both sides; a reply never loses a token. A pair whose last user
-    turn and reply alone are over the limit is dropped and counted.
-    """
-    encoded: list[EncodedPair] = []
-    dropped: Counter[str] = Counter()
-    shortened = 0
-    for pair in pairs:
-        chosen, rejected = (tuple(reply_ids(tokenizer, reply)) for reply in (pair.chosen, pair.rejected))
-        fitted = fit_dialogue(tokenizer, pair.messages, max_length - reserved - max(len(chosen), len(rejected)))
-        if fitted is None:
-            dropped["pair_too_long"] += 1
-            continue
-        messages, ids = fitted
-        shortened += len(messages) < len(pair.messages)
-        encoded.append(EncodedPair(pair, conversation_id(pair.messages), ids, chosen, rejected))
-    return EncodedPairs(tuple(encoded), len(encoded) + dropped.total(), dict(dropped), shortened)
-
-
-def fit_dialogue(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], limit: int
-) -> tuple[tuple[Message, ...], tuple[int, ...]] | None:
-    """The longest end of a conversation that is at most `limit` tokens long, <bos> and open model turn included, and its ids.
+def fit_dialogue(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], limit: int) -> FittedDialogue | None:
+    """The longest end of a conversation that is at most `limit` tokens long.
 
     It starts with a user turn; no turn is ever cut. A system message stays, in front of the first turn that is left. None when even
     the last user turn is too long.
@@ -186,7 +147,7 @@ def fit_dialogue(
         kept = (*system, *turns[start:])
         ids = prompt_ids(tokenizer, kept)
         if len(ids) <= limit:
-            return kept, tuple(ids)
+            return FittedDialogue(kept, tuple(ids))
     return None
 
 
@@ -215,13 +176,13 @@ def order(prompts: Iterable[Prompt], seed: int, epoch: int) -> list[Prompt]:
     return sorted(prompts, key=lambda prompt: hashlib.sha256(f"{seed} {epoch} {prompt.prompt_id}".encode()).digest())
 
 
-def _prompt(item: PreferencePair | PromptRow, messages: tuple[Message, ...], token_ids: tuple[int, ...]) -> Prompt:
+def _prompt(item: PreferencePair | PromptRow, fitted: FittedDialogue) -> Prompt:
     columns = {**item.columns, "chosen": item.chosen} if isinstance(item, PreferencePair) else dict(item.columns)
     return Prompt(
-        prompt_id=content_hash(list(messages)),
+        prompt_id=content_hash(fitted.messages),
         source=item.source,
-        messages=messages,
-        token_ids=token_ids,
+        messages=fitted.messages,
+        token_ids=fitted.token_ids,
         # of the whole conversation: its first turn may be among those that did not fit
         conversation_id=conversation_id(item.messages),
         columns=columns,
