@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gemma_grpo.data.chat import prompt_ids
+from gemma_grpo.data.chat import prompt_ids, reply_ids
 from gemma_grpo.data.hh_rlhf import (
     LoadedPairs,
     UnusableRowError,
@@ -69,6 +69,29 @@ class BuiltPrompts:
     """Reason -> rows: duplicate_prompt, prompt_too_long."""
     shortened: int
     """Prompts that lost their oldest turns to the token limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """A preference pair as the reward is trained on it; the replies end as a finished rollout does."""
+
+    pair: PreferencePair
+    conversation_id: str
+    prompt_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPairs:
+    """Pairs as token ids: rows = number of pairs + sum of dropped."""
+
+    pairs: tuple[EncodedPair, ...]
+    rows: int
+    dropped: Mapping[str, int]
+    """Reason -> rows: pair_too_long."""
+    shortened: int
+    """Pairs whose conversation lost its oldest turns to the token limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +157,28 @@ def build_prompts(items: Iterable[PreferencePair | PromptRow], tokenizer: PreTra
         prompts[prompt.prompt_id] = prompt
         shortened += len(prompt.messages) < len(item.messages)
     return BuiltPrompts(tuple(prompts.values()), len(prompts) + dropped.total(), dict(dropped), shortened)
+
+
+def encode_pairs(
+    pairs: Iterable[PreferencePair], tokenizer: PreTrainedTokenizerBase, max_length: int, *, reserved: int = 0
+) -> EncodedPairs:
+    """Pairs whose conversation, longer reply and `reserved` further tokens (the judge's question) fit into max_length.
+
+    The conversation loses whole turns from the left, the same for both sides; a reply never loses a token. A pair whose last user
+    turn and reply alone are over the limit is dropped and counted.
+    """
+    encoded: list[EncodedPair] = []
+    dropped: Counter[str] = Counter()
+    shortened = 0
+    for pair in pairs:
+        chosen, rejected = (tuple(reply_ids(tokenizer, reply)) for reply in (pair.chosen, pair.rejected))
+        fitted = fit_dialogue(tokenizer, pair.messages, max_length - reserved - max(len(chosen), len(rejected)))
+        if fitted is None:
+            dropped["pair_too_long"] += 1
+            continue
+        shortened += len(fitted.messages) < len(pair.messages)
+        encoded.append(EncodedPair(pair, conversation_id(pair.messages), fitted.token_ids, chosen, rejected))
+    return EncodedPairs(tuple(encoded), len(encoded) + dropped.total(), dict(dropped), shortened)
 
 
 def fit_dialogue(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], limit: int) -> FittedDialogue | None:
