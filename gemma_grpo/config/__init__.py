@@ -1,6 +1,6 @@
 """Settings: what they mean (schema.py) and how a recipe is read (recipe.py). Loads no torch."""
 
-from gemma_grpo.config.problems import ConfigError, Problem
+from gemma_grpo.config.problems import ConfigError, Problem, printable
 from gemma_grpo.config.recipe import build_config, dump_recipe, load_recipe, parse_overrides
 from gemma_grpo.config.schema import (
     AdvantageSettings,
@@ -15,6 +15,7 @@ from gemma_grpo.config.schema import (
     RewardModelSettings,
     SamplingSettings,
 )
+from gemma_grpo.config.shipped import find_recipe, shipped_recipes
 
 __all__ = [
     "AdvantageSettings",
@@ -32,6 +33,9 @@ __all__ = [
     "SamplingSettings",
     "build_config",
     "dump_recipe",
+    "find_recipe",
     "load_recipe",
     "parse_overrides",
+    "printable",
+    "shipped_recipes",
 ]

@@ -108,8 +108,8 @@ class ConfigError(ValueError):
 
 
 def printable(text: str) -> str:
-    """Text on one line, its control characters escaped."""
-    return repr(text)[1:-1] if not text.isprintable() else text
+    """Text on one line: control characters, line ends and invisible marks (which can reorder a terminal's line) escaped."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def explain(error: ErrorDetails, path: KeyPath) -> str:

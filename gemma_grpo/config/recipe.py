@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from gemma_grpo.config.document import MAX_BYTES, KeyPath, read_document, read_scalar, write_document
 from gemma_grpo.config.problems import ALIASES, ConfigError, Problem, explain, field_of, not_a_truth_value
 from gemma_grpo.config.schema import GRPOConfig, Stage
+from gemma_grpo.config.shipped import find_recipe
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -40,15 +41,16 @@ _Layer = dict[KeyPath, _Entry]
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] = NO_OVERRIDES) -> GRPOConfig:
-    """The settings of a recipe file, with `overrides` (flat, dotted or nested names) on top.
+    """The settings of a recipe - a file, or a shipped recipe's name - with `overrides` (flat, dotted or nested names) on top.
 
     Raises ConfigError listing everything wrong with either.
     """
+    path = find_recipe(path)
     origin = str(path)
-    document = read_document(_text(Path(path)))
+    document = read_document(_text(path))
     problems = [Problem(origin, mark.line, mark.key, mark.what) for mark in document.marks]
     if problems and not document.values:
-        raise ConfigError([*problems, *_problems_of_overrides(overrides)])
+        raise ConfigError([*problems, *_problems_of(overrides, None)])
     recipe = _layer(document.values, origin, document.lines, problems)
     return _validated(_merged(recipe, _layer(overrides, "command line", {}, problems)), problems)
 
@@ -64,8 +66,11 @@ def dump_recipe(config: GRPOConfig) -> str:
     return write_document(config.model_dump(mode="json"))
 
 
-def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
-    """`key=value` words of a command line; values are YAML scalars, or flow lists and mappings. Raises ConfigError for all at once."""
+def parse_overrides(items: Sequence[str], recipe: str | Path | None = None) -> dict[str, Any]:
+    """`key=value` words of a command line; values are YAML scalars, or flow lists and mappings.
+
+    Raises ConfigError for all at once: with `recipe`, also for what is wrong in it and in the words that could be read.
+    """
     overrides: dict[str, Any] = {}
     problems: list[Problem] = []
     for item in items:
@@ -81,7 +86,7 @@ def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
             except ValueError as error:
                 problems.append(Problem("command line", None, key, str(error)))
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError([*problems, *_problems_of(overrides, recipe)])
     return overrides
 
 
@@ -109,11 +114,14 @@ def _whole(path: Path, what: str) -> ConfigError:
     return ConfigError([Problem(str(path), None, "", what)])
 
 
-def _problems_of_overrides(overrides: Mapping[str, Any]) -> tuple[Problem, ...]:
-    """What is wrong with the overrides alone, when the recipe could not be read."""
+def _problems_of(overrides: Mapping[str, Any], recipe: str | Path | None) -> tuple[Problem, ...]:
+    """What else is wrong, when an error is certain already: in the recipe and the overrides, or without one in the overrides alone."""
     problems: list[Problem] = []
     try:
-        _validated(_layer(overrides, "command line", {}, problems), problems)
+        if recipe is not None:
+            load_recipe(recipe, overrides)
+        else:
+            _validated(_layer(overrides, "command line", {}, problems), problems)
     except ConfigError as error:
         return error.problems
     return ()

@@ -1,0 +1,5 @@
+"""`python -m gemma_grpo.cli` is `gemma-grpo`."""
+
+from gemma_grpo.cli.app import main
+
+main()

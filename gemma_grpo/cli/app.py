@@ -1,0 +1,63 @@
+"""The verbs, and the one place where an exception becomes an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from gemma_grpo.cli import data, demo, recipes, training
+from gemma_grpo.cli.errors import Exit, report
+
+app = typer.Typer(
+    name="gemma-grpo",
+    help="Human preferences into an aligned Gemma 3: a generative reward, GRPO with LoRA, honest evaluation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # boxes break in terminals that are not UTF-8, and cost start-up time
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.demo)
+app.add_typer(data.app, name="data")
+app.add_typer(recipes.app, name="recipes")
+app.command("train-reward")(training.train_reward)
+app.command("train")(training.train)
+app.command("evaluate")(training.evaluate)
+app.command("report")(training.report)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from gemma_grpo import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Print the whole trace of an error. Works anywhere on the line.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+) -> None:
+    """Options of every verb; run() has read --debug already."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """One command line without the program's name; returns the exit code and never raises for what a user can cause."""
+    debug = "--debug" in arguments
+    words = [argument for argument in arguments if argument != "--debug"]
+    try:
+        code = app(args=words, prog_name="gemma-grpo", standalone_mode=False)
+    except SystemExit as end:  # stdout was closed, such as by `| head`
+        code = end.code
+    except (Exception, KeyboardInterrupt) as error:
+        return report(error, debug=debug)
+    return code if isinstance(code, int) else Exit.OK
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))

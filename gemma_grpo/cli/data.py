@@ -1,0 +1,61 @@
+"""`gemma-grpo data`: rows as conversations, and how many are usable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from gemma_grpo.data.prompts import PromptRow
+    from gemma_grpo.types import PreferencePair
+
+app = typer.Typer(help="Look at preference pairs or prompts before training on them.", no_args_is_help=True, rich_markup_mode=None)
+
+Source = Annotated[str, typer.Argument(metavar="PATH", help="A .jsonl, .json (also .gz) or .parquet file, or a Hub id.")]
+
+
+@app.command()
+def preview(source: Source, rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="Rows to show.")] = 3) -> None:
+    """Show the first usable rows, turn by turn. Characters that could drive a terminal are spelled out."""
+    from gemma_grpo.data.hh_rlhf import LoadedPairs
+    from gemma_grpo.data.inspection import preview as lines_of
+    from gemma_grpo.data.prompts import load_dataset_rows
+
+    loaded = load_dataset_rows(source)
+    items: Sequence[PreferencePair | PromptRow] = loaded.pairs if isinstance(loaded, LoadedPairs) else loaded.prompts
+    for number, item in enumerate(islice(items, rows), start=1):
+        print(f"--- row {number}")
+        for label, text in lines_of(item):
+            first, *further = text.split("\n")
+            print("\n".join([f"{label:>9}  {first}", *(f"{'':>9}  {line}" for line in further)]))
+    print(f"--- {loaded.rows} rows, {loaded.kept} usable")
+
+
+@app.command()
+def stats(source: Source, as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Count rows, usable rows and dropped rows by reason; lengths in words."""
+    from gemma_grpo.data.hh_rlhf import LoadedPairs
+    from gemma_grpo.data.inspection import pair_stats, prompt_stats
+    from gemma_grpo.data.prompts import load_dataset_rows
+
+    loaded = load_dataset_rows(source)
+    facts = pair_stats(loaded) if isinstance(loaded, LoadedPairs) else prompt_stats(loaded)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        print(f"{name:<18} {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    from gemma_grpo.data.inspection import printable
+
+    if isinstance(value, Mapping):
+        return ", ".join(f"{printable(str(name), keep_newlines=False)} {_shown(inner)}" for name, inner in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value)) or "none"
+    return f"{value:.3f}" if isinstance(value, float) else printable(str(value), keep_newlines=False)

@@ -1,0 +1,83 @@
+"""`gemma-grpo train-reward`, `train`, `evaluate`, `report`: from words on a command line to the trainer and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gemma_grpo.cli.summary import evaluation_lines, reward_lines
+from gemma_grpo.config import GRPOConfig, load_recipe, parse_overrides
+
+if TYPE_CHECKING:
+    from gemma_grpo.grpo.trainer import GRPOTrainer
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a name from `gemma-grpo recipes list`.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings on top, such as max_steps=20 kl.beta=0.1.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/miniature-1.")]
+
+
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check settings, data and model; show the plan; write nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir from its last checkpoint.")] = False,
+) -> None:
+    """Train a policy: the reward adapter first if there is none, then GRPO, then before and after on held-out prompts."""
+    trainer = _trainer(recipe, overrides, live=not dry_run)
+    if dry_run:
+        print(json.dumps(trainer.dry_run(), indent=2, default=str))
+        return
+    trainer.train(resume_from_checkpoint=True if resume else None)
+    _finish(trainer)
+
+
+def train_reward(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Train only the reward adapter on the preference pairs, and measure it on held-out ones."""
+    trainer = _trainer(recipe, overrides, live=True)
+    calibration = trainer.train_reward()
+    print("\n".join([*reward_lines(calibration), f"reward adapter: {trainer.run_dir / 'reward'}"]))
+
+
+def evaluate(run: Run) -> None:
+    """Compare before and after on held-out prompts, and write evaluation.json."""
+    from gemma_grpo.grpo.trainer import GRPOTrainer
+
+    trainer = GRPOTrainer.from_run(run)
+    print("\n".join(evaluation_lines(trainer.evaluate())))
+    print(f"details: {trainer.run_dir / 'evaluation.json'}")
+
+
+def report(run: Run) -> None:
+    """Write report.html: curves, before and after, settings and samples in one file that needs no network."""
+    from gemma_grpo.monitor.report import write_report
+
+    print(write_report(run))
+
+
+def _trainer(recipe: str, overrides: list[str] | None, *, live: bool) -> GRPOTrainer:
+    """The trainer of a recipe, once the settings are known to be right: their errors must not wait for torch."""
+    settings = parse_overrides(overrides or [], recipe)
+    print(update_line(load_recipe(recipe, settings)), flush=True)
+
+    from gemma_grpo.grpo.trainer import GRPOTrainer
+    from gemma_grpo.monitor.terminal import ProgressView
+
+    return GRPOTrainer.from_recipe(recipe, settings, view=ProgressView() if live else None)
+
+
+def update_line(config: GRPOConfig) -> str:
+    """The product that batch_size alone does not tell."""
+    return (
+        f"{config.model_name}: {config.batch_size} prompts x {config.gradient_accumulation_steps} accumulation x "
+        f"{config.num_generations} completions = {config.completions_per_step} completions per update"
+    )
+
+
+def _finish(trainer: GRPOTrainer) -> None:
+    from gemma_grpo.monitor.report import write_report
+
+    print(f"adapter: {trainer.run_dir / 'adapter'}")
+    print(f"report:  {write_report(trainer.run_dir)}")
