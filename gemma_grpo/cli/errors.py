@@ -12,7 +12,6 @@ from typing import Any, TypeGuard
 
 from gemma_grpo.config import ConfigError, printable
 
-
 _PACKAGE = str(Path(__file__).resolve().parents[1])
 
 

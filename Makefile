@@ -1,0 +1,42 @@
+# Each target makes .venv and installs what it needs, once; needed on the machine: python3 (3.10 or newer, with venv) and make.
+# Without a GPU, `make demo PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu` saves downloading CUDA.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# the tests' tensors are so small that handing work to a second thread costs more than it saves
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: demo test test-slow check install
+
+demo: $(VENV)/.installed
+	$(BIN)/gemma-grpo demo
+
+test: $(VENV)/.installed-dev
+	$(TEST_ENV) $(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-peer
+	$(TEST_ENV) $(BIN)/python -m pytest -m 'slow and not gpu'
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(TEST_ENV) $(BIN)/python -m pytest tests/test_architecture.py tests/test_imports.py
+
+install: $(VENV)/.installed-dev
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("gemma-grpo needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+$(VENV)/.installed-peer: $(VENV)/.installed-dev
+	$(PIP) --editable '.[dev,peer]'
+	touch $@
