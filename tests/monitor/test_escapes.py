@@ -1,0 +1,40 @@
+"""No character that a screen obeys, hides or reorders survives."""
+
+from __future__ import annotations
+
+import unicodedata
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gemma_grpo.monitor.escapes import one_line, visible
+
+
+def test_terminal_commands_are_written_out() -> None:
+    assert visible("\x1b[2J\x1b]0;title\x07") == "\\x1b[2J\\x1b]0;title\\x07"
+    assert visible("\x9b31m\r\x7f\x00") == "\\x9b31m\\x0d\\x7f\\x00"
+
+
+def test_bidi_zero_width_tags_and_surrogates_are_written_out() -> None:
+    assert visible("a\u202eb\u2066c\u200bd\ufeff\u2028") == "a\\u202eb\\u2066c\\u200bd\\ufeff\\u2028"
+    assert visible("\U000e0041\ud800") == "\\U000e0041\\ud800"
+
+
+def test_ordinary_writing_is_left_alone() -> None:
+    text = "Grüße, 日本語\u3000です.\n\tx\u00a0y"
+    assert visible(text) == text
+    assert visible("é", ascii_only=True) == "\\xe9"
+
+
+@given(st.text(st.characters()))
+def test_nothing_but_line_breaks_tabs_and_spaces_is_unprintable(text: str) -> None:
+    shown = visible(text)
+    assert all(char in "\n\t" or char.isprintable() or unicodedata.category(char) == "Zs" for char in shown)
+    assert visible(text, ascii_only=True).isascii()
+    shown.encode()  # no lone surrogate is left
+
+
+def test_one_line_joins_lines_and_marks_the_cut() -> None:
+    assert one_line("one\n\n  two", limit=20) == "one two"
+    assert one_line("one two three", limit=8) == "one two…"
+    assert one_line("one two three", limit=8, ascii_only=True) == "one t..."
