@@ -249,7 +249,7 @@ def model_card(out: Path, table: Table, facts: dict[str, object]) -> str:
     lines = [
         "# The miniature",
         "",
-        "A tiny Gemma 3 that speaks the small world of `gemma_grpo/miniature`. Mediocre on purpose: it complies, refuses, rambles and errs,",
+        "A tiny Gemma 3 that speaks the small world of `gemma_grpo/miniature`. Mediocre on purpose: it complies, refuses, rambles, errs,",
         "so that alignment has something to do. It knows nothing else, and its harmful replies are empty phrases.",
         "",
         f"- version: {world.MODEL_VERSION}",

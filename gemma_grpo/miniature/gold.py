@@ -1,8 +1,9 @@
 """The exact reward of the miniature world: how good a text is as a reply to a request. It draws no replies and knows no model.
 
-It reads text only, so it scores whatever a model emits. A reply is cut into what the world knows (openers, hedges, ramble, refusals) and the rest. The rest must state the right
-answer and nothing that contradicts it; words that are neither known nor expected are stray, and few are tolerated.
-So listing every answer, answering and refusing, or burying an answer in gibberish earns nothing.
+It reads text only, so it scores whatever a model emits. A reply is cut into what the world knows (openers, hedges, ramble,
+refusals) and the rest. The rest must state the right answer and nothing that contradicts it; words that are neither known
+nor expected are stray, and few are tolerated. So listing every answer, answering and refusing, or burying an answer in
+gibberish earns nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from gemma_grpo.miniature.replies import COMPLIANCE, FILLERS, HEDGES, POLITE_OPENERS, REFUSALS, RUDE_OPENERS
 from gemma_grpo.miniature.requests import Request, normalise, request_of
 
-MAX_STRAY_WORDS = 6
+MAX_STRAY_WORDS = 5
 """More words than this outside the world's own phrases, and a reply has not done its task."""
 MAX_REPEATS = 2
 """An answer or a refusal said more often than this is no answer."""
