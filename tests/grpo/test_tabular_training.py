@@ -1,0 +1,142 @@
+"""The sampled algorithm on a table of logits reaches its closed form, and each known mistake does not.
+
+Sampling, two optimisation passes over one batch, Adam: everything but the language model. The threshold of 0.02 in total
+variation separates right from wrong. Only the penalty in the loss can see a wrong sampler or baseline: with the penalty in the
+reward every advantage is 0 at the optimum, which forgives both (so both are trained here).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from gemma_grpo.grpo.advantages import BASELINES, SCALES, group_advantages
+from gemma_grpo.grpo.loss import (
+    KL_ESTIMATORS,
+    POLICY_LOSSES,
+    kl_reward_penalty,
+    policy_objective,
+    sampler_weights,
+    token_weights,
+)
+
+NUM_PROMPTS, GROUP_SIZE, STEPS, PASSES = 32, 8, 250, 2
+BETA, THRESHOLD = 0.3, 0.02
+REWARDS = torch.tensor([0.0, 0.2, 0.5, 1.0])
+REFERENCE = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+TARGET = (REFERENCE + REWARDS / BETA).softmax(-1)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; the defaults are right."""
+
+    loss: str = "ppo"
+    estimator: str | None = "ratio_k3"
+    baseline: str = "leave_one_out"
+    scale: str = "none"
+    temperature: float = 1.0
+    noise: float = 0.0
+    tis_cap: float | None = None
+
+
+RIGHT = Recipe()
+IN_REWARD = Recipe(estimator=None)
+
+
+def total_variation(logits: Tensor, target: Tensor = TARGET) -> float:
+    return float((logits.softmax(-1) - target).abs().sum() / 2)
+
+
+def train(recipe: Recipe, seed: int = 0) -> Tensor:
+    """Logits after training from the reference on one-token replies."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = REFERENCE.clone().requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 * (1 - step / STEPS)
+        train_step(recipe, logits, optimizer, generator)
+    return logits.detach()
+
+
+def train_step(recipe: Recipe, logits: Tensor, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
+    sampler = (logits.detach() / recipe.temperature).log_softmax(-1)
+    tokens = torch.multinomial(sampler.exp(), NUM_PROMPTS * GROUP_SIZE, replacement=True, generator=generator)
+    mask = torch.ones(len(tokens), 1, dtype=torch.bool)
+    old, sampling, ref = (values[tokens][:, None] for values in (logits.detach().log_softmax(-1), sampler, REFERENCE))
+    rewards = REWARDS[tokens] + recipe.noise * torch.randn(len(tokens), generator=generator)
+    if recipe.estimator is None:
+        rewards = rewards - kl_reward_penalty(old, ref, mask, beta=BETA)
+    advantages = group_advantages(
+        rewards.reshape(NUM_PROMPTS, GROUP_SIZE),
+        torch.ones(NUM_PROMPTS, GROUP_SIZE, dtype=torch.long),
+        baseline=BASELINES[recipe.baseline],
+        scale=SCALES[recipe.scale],
+    ).reshape(-1)
+    weights = token_weights(
+        mask, aggregation="dr_grpo", num_step_completions=len(tokens), num_step_tokens=len(tokens), max_completion_length=1
+    )
+    for _ in range(PASSES):
+        loss, _ = policy_objective(
+            logits.log_softmax(-1)[tokens][:, None],
+            old,
+            advantages,
+            mask,
+            weights,
+            policy_loss=partial(POLICY_LOSSES[recipe.loss], clip_low=0.2, clip_high=0.2),
+            ref_logprobs=ref,
+            kl_estimator=KL_ESTIMATORS[recipe.estimator] if recipe.estimator else None,
+            beta=BETA,
+            sampler_weight=None if recipe.tis_cap is None else sampler_weights(old, sampling, mask, cap=recipe.tis_cap),
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def test_the_target_is_far_from_the_start() -> None:
+    assert total_variation(REFERENCE) > 0.2
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        RIGHT,
+        replace(RIGHT, loss="cispo"),
+        replace(RIGHT, loss="sapo"),
+        replace(RIGHT, noise=0.3),
+        IN_REWARD,
+        replace(IN_REWARD, baseline="mean", scale="batch"),
+    ],
+    ids=str,
+)
+def test_right_recipes_reach_the_closed_form(recipe: Recipe) -> None:
+    assert total_variation(train(recipe)) < THRESHOLD
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        replace(RIGHT, estimator="k3"),
+        replace(RIGHT, estimator="k1"),
+        replace(RIGHT, baseline="mean"),
+        replace(RIGHT, scale="group"),
+        replace(RIGHT, temperature=0.7),
+    ],
+    ids=str,
+)
+def test_planted_mistakes_miss_the_closed_form(recipe: Recipe) -> None:
+    assert total_variation(train(recipe)) > THRESHOLD
+
+
+def test_truncated_importance_sampling_mends_a_wrong_sampling_temperature() -> None:
+    assert total_variation(train(replace(RIGHT, temperature=0.7, tis_cap=4.0))) < THRESHOLD
+
+
+def test_kl_in_the_reward_cannot_see_a_wrong_sampling_temperature() -> None:
+    assert total_variation(train(replace(IN_REWARD, temperature=0.7))) < THRESHOLD
