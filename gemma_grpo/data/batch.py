@@ -7,7 +7,8 @@ Padding is a rectangle for attention only: the model's linear layers see the rea
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from gemma_grpo.data.chat import PAD_ID
 from gemma_grpo.types import RolloutGroup
+
+Batch = TypeVar("Batch", bound="GroupBatch")
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,15 @@ class GroupBatch:
         start = self.prompt_mask.sum(-1)[:, None, None]
         return (start + self.completion_mask.long().cumsum(-1) - 1).clamp(min=0)
 
-    def to(self, device: torch.device | str) -> GroupBatch:
+    def to(self: Batch, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        return type(self)(**{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
+        return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
+
+    def split(self: Batch, prompts_per_piece: int) -> Iterator[Batch]:
+        """Pieces of whole groups, in order, each trimmed to its own longest prompt and completion."""
+        for start in range(0, len(self.prompt_ids), prompts_per_piece):
+            rows = slice(start, start + prompts_per_piece)
+            yield _trimmed(replace(self, **{f.name: _sliced(getattr(self, f.name), rows) for f in fields(self)}))
 
 
 @dataclass(frozen=True)
@@ -53,16 +62,10 @@ class PolicyBatch(GroupBatch):
     ref_logprobs: Float[Tensor, "N G C"] | None
     """None when no KL penalty asks for them."""
 
-    def split(self, prompts_per_piece: int) -> Iterator[PolicyBatch]:
-        """Micro-batches of whole groups, in order, each trimmed to its own longest prompt and completion."""
-        for start in range(0, len(self.prompt_ids), prompts_per_piece):
-            rows = slice(start, start + prompts_per_piece)
-            yield _trimmed(PolicyBatch(**{f.name: _sliced(getattr(self, f.name), rows) for f in fields(self)}))
-
 
 def pad_sequences(sequences: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
     """Right-pad token ids to the longest; at least one column, so that empty completions keep a shape."""
-    width = max(1, *(len(sequence) for sequence in sequences))
+    width = max([1, *(len(sequence) for sequence in sequences)])
     ids = torch.full((len(sequences), width), PAD_ID, dtype=torch.long)
     mask = torch.zeros((len(sequences), width), dtype=torch.bool)
     for row, sequence in enumerate(sequences):
@@ -107,12 +110,15 @@ def _sliced(value: Tensor | None, rows: slice) -> Tensor | None:
     return None if value is None else value[rows]
 
 
-def _trimmed(batch: PolicyBatch) -> PolicyBatch:
-    width = {"prompt": int(batch.prompt_mask.sum(-1).max()), "completion": max(1, int(batch.completion_mask.sum(-1).max()))}
-    trimmed = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    for name in ("prompt_ids", "prompt_mask"):
-        trimmed[name] = trimmed[name][..., : width["prompt"]]
-    for name in ("completion_ids", "completion_mask", "sampling_logprobs", "old_logprobs", "ref_logprobs"):
-        if trimmed[name] is not None:
-            trimmed[name] = trimmed[name][..., : width["completion"]]
-    return PolicyBatch(**trimmed)
+def _trimmed(batch: Batch) -> Batch:
+    """Without the columns no sequence of this batch reaches. Per-token fields end in C, prompt fields in P."""
+    real = {"prompt": batch.prompt_mask.any(0), "completion": batch.completion_mask.any(0).any(0)}
+    start = {"prompt": int(real["prompt"].long().argmax()), "completion": 0}
+    stop = {name: max(1, int(columns.nonzero().max()) + 1 if columns.any() else 1) for name, columns in real.items()}
+    cut = {}
+    for f in fields(batch):
+        value = getattr(batch, f.name)
+        if value is not None and f.name != "advantages":
+            part = "prompt" if f.name.startswith("prompt") else "completion"
+            cut[f.name] = value[..., start[part] : stop[part]]
+    return replace(batch, **cut)

@@ -9,7 +9,7 @@ Owns the layouts a forward pass can have; not the padding (data/batch.py).
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,6 +24,7 @@ from gemma_grpo.data.batch import GroupBatch
 ATTENTION_NAME = "gemma_grpo_grouped"
 
 
+@runtime_checkable
 class Layout(Protocol):
     """Who attends to whom in one forward pass."""
 

@@ -5,6 +5,8 @@ Owns loading and roles. Not precision (precision.py), attention (attention.py) o
 
 from __future__ import annotations
 
+import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_p
 from peft.tuners.lora import LoraModel
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from gemma_grpo.config.schema import LoraSettings
 from gemma_grpo.data.chat import BOS_ID, END_OF_TURN_ID, START_OF_TURN_ID
@@ -38,7 +41,7 @@ class Gemma:
         base.set_attn_implementation(ATTENTION_NAME)
         self.name, self.tokenizer, self.config = name, tokenizer, base.config
         self.causal_lm = base
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _quiet():
             # seeded: the adapter's start is part of the run, whatever drew random numbers before
             torch.manual_seed(seed)
             base.name_or_path = name  # peft writes it into adapter_config.json: the hub id, not a folder of this machine
@@ -60,6 +63,7 @@ class Gemma:
         config = _text_config(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
         _check_tokenizer(tokenizer, name)
+        transformers_logging.disable_progress_bar()  # it would tear the live view
         base, info = Gemma3ForCausalLM.from_pretrained(
             path,
             config=config,
@@ -125,10 +129,16 @@ class Gemma:
         """Name -> weight of one adapter, in a fixed order."""
         return {name: p for name, p in self.causal_lm.named_parameters() if f".{role}." in name and "lora_" in name}
 
-    def save_adapter(self, role: AdapterRole, folder: Path) -> Path:
-        """Write one adapter as the PEFT folder `folder/<role>`, loadable by PeftModel.from_pretrained; returns that folder."""
-        self.peft.save_pretrained(str(folder), selected_adapters=[role], save_embedding_layers=False)
-        return folder / role
+    def save_adapter(self, role: AdapterRole, folder: Path) -> None:
+        """Write one adapter as a PEFT folder, loadable by PeftModel.from_pretrained; an older one there is replaced whole."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as staging:
+            self.peft.save_pretrained(staging, selected_adapters=[role], save_embedding_layers=False)
+            for stale in folder.glob("adapter_*"):
+                stale.unlink()
+            folder.mkdir(exist_ok=True)
+            for file in (Path(staging) / role).iterdir():
+                file.replace(folder / file.name)
 
     def load_adapter(self, role: AdapterRole, path: Path) -> None:
         """Replace one adapter's weights by those of a PEFT folder of the same shape (safetensors only)."""
@@ -142,7 +152,16 @@ class Gemma:
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each decoder layer in the backward pass of roles being trained."""
-        self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        with _quiet():  # the method was renamed in transformers 5.2x, both names work
+            self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the FutureWarnings that peft and transformers exchange about each other's renamed methods."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def resolve_model_path(name: str) -> str:

@@ -43,9 +43,8 @@ class RunDirectory:
         Raises RunDirectoryError, having written nothing, when the path is a file, holds a run, cannot be written, is in use
         or its disk has less than `needed_bytes` free.
         """
-        path = _usable_path(path)
-        _refuse_existing_run(path)
-        _check_room(path, needed_bytes)
+        cls.check(path, needed_bytes=needed_bytes)
+        path = Path(path)
         made = _make_folders(path)
         written: list[Path] = []
         try:
@@ -62,6 +61,13 @@ class RunDirectory:
             _undo(written, made, path)
             raise
         return run
+
+    @classmethod
+    def check(cls, path: str | Path, *, needed_bytes: int = 0) -> None:
+        """Raise RunDirectoryError if `create` would: to be asked before the first expensive second. Writes nothing."""
+        path = _usable_path(path)
+        _refuse_existing_run(path)
+        _check_room(path, needed_bytes)
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:

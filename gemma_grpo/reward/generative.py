@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -17,11 +16,11 @@ from torch.nn.functional import logsigmoid
 
 from gemma_grpo.config.schema import RewardModelSettings
 from gemma_grpo.data.batch import GroupBatch, pad_groups, pad_rollouts
-from gemma_grpo.data.chat import encode_plain, judge_suffix_ids, reply_ids
-from gemma_grpo.data.prompts import fit_dialogue
+from gemma_grpo.data.chat import encode_plain, judge_suffix_ids
+from gemma_grpo.data.prompts import EncodedPair
 from gemma_grpo.model.attention import GroupLayout
 from gemma_grpo.model.gemma import Gemma, ModelRole
-from gemma_grpo.types import PreferencePair, RolloutGroup
+from gemma_grpo.types import RolloutGroup
 
 JUDGE_QUESTION = "Is this a good reply? Good replies are correct, helpful, harmless and brief. Answer Yes or No."
 
@@ -66,31 +65,7 @@ class GenerativeReward:
         return scores
 
 
-@dataclass(frozen=True, slots=True)
-class TokenisedPair:
-    """A pair as the judge reads it: the conversation once, then both replies with the question after them."""
-
-    pair: PreferencePair
-    prompt_ids: tuple[int, ...]
-    chosen_ids: tuple[int, ...]
-    rejected_ids: tuple[int, ...]
-
-
-def tokenise_pairs(judge: Judge, pairs: Sequence[PreferencePair], max_length: int) -> tuple[list[TokenisedPair], int]:
-    """Pairs ready for scoring, and how many were dropped because their replies alone exceed max_length tokens.
-
-    Dialogues lose whole turns from the left, never from the right: the right end carries the label.
-    """
-    tokenizer, kept = judge.model.tokenizer, list[TokenisedPair]()
-    for pair in pairs:
-        chosen, rejected = ((*reply_ids(tokenizer, reply), *judge.suffix) for reply in (pair.chosen, pair.rejected))
-        fitted = fit_dialogue(tokenizer, pair.messages, max_length - max(len(chosen), len(rejected)))
-        if fitted is not None:
-            kept.append(TokenisedPair(pair, tuple(fitted.token_ids), chosen, rejected))
-    return kept, len(pairs) - len(kept)
-
-
-def score_pairs(judge: Judge, pairs: Sequence[TokenisedPair], role: ModelRole, batch_size: int) -> Float[Tensor, "N 2"]:
+def score_pairs(judge: Judge, pairs: Sequence[EncodedPair], role: ModelRole, batch_size: int) -> Float[Tensor, "N 2"]:
     """Log-odds of the chosen and the rejected reply of each pair."""
     with judge.model.role(role), torch.no_grad():
         pieces = [judge.log_odds(_pair_batch(judge, pairs[i : i + batch_size])).cpu() for i in range(0, len(pairs), batch_size)]
@@ -111,7 +86,7 @@ def bradley_terry_loss(
 
 
 def train_reward_adapter(
-    judge: Judge, pairs: Sequence[TokenisedPair], settings: RewardModelSettings, *, seed: int, progress: Progress | None = None
+    judge: Judge, pairs: Sequence[EncodedPair], settings: RewardModelSettings, *, seed: int, progress: Progress | None = None
 ) -> None:
     """One epoch of Bradley-Terry over the pairs, in place on the "reward" adapter: AdamW, warm-up over a tenth, then linear to 0.
 
@@ -140,9 +115,9 @@ def train_reward_adapter(
             progress(update + 1, updates, loss.item(), (rewards[:, 0] > rewards[:, 1]).float().mean().item())
 
 
-def _pair_batch(judge: Judge, pairs: Sequence[TokenisedPair]) -> GroupBatch:
-    batch = pad_groups([pair.prompt_ids for pair in pairs], [(pair.chosen_ids, pair.rejected_ids) for pair in pairs])
-    return batch.to(judge.model.device)
+def _pair_batch(judge: Judge, pairs: Sequence[EncodedPair]) -> GroupBatch:
+    replies = [[(*reply, *judge.suffix) for reply in (pair.chosen_ids, pair.rejected_ids)] for pair in pairs]
+    return pad_groups([pair.prompt_ids for pair in pairs], replies).to(judge.model.device)
 
 
 def _first_token(model: Gemma, answer: str) -> int:

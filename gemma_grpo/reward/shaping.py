@@ -5,35 +5,45 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from gemma_grpo.reward.base import Reward
+from gemma_grpo.reward.base import Reward, RewardError, Scores, Shape
 from gemma_grpo.types import Completion, Prompt, RolloutGroup
 
+References = Callable[[Sequence[RolloutGroup]], Sequence[float]]
 
-class PreferenceAsReward:
-    """sigmoid(r - r_ref): the probability that the reply beats the reference reply (PAR, arXiv:2502.18770).
 
-    The reference is the dataset's own preferred reply where the prompt has one (column "chosen"), else `mean`: the reward of the
-    reference policy's samples. Each prompt's reference is scored once.
+def par(references: References) -> Shape:
+    """sigmoid(r - r_ref), where `references` gives one r_ref per group: the probability to beat the reference (arXiv:2502.18770).
+
+    Steep around the reference and flat far above it. Adding a constant to r and r_ref alike changes nothing.
+    """
+
+    def shape(values: Scores, groups: Sequence[RolloutGroup]) -> Scores:
+        centres = references(groups)
+        if len(centres) != len(values):
+            raise RewardError(f"PAR shaping got {len(centres)} references for {len(values)} groups. Give one per group.")
+        return [[None if value is None else _sigmoid(value - centre) for value in row] for row, centre in zip(values, centres, strict=True)]
+
+    return shape
+
+
+class ReferenceRewards:
+    """One reference reward per group: of the dataset's preferred reply where the prompt has one (column "chosen"), else `mean`.
+
+    `mean` is the reward of the reference policy's samples. Each prompt's reply is scored once and remembered.
     """
 
     def __init__(self, reward: Reward, encode_reply: Callable[[str], Sequence[int]], mean: float) -> None:
         self.reward, self.encode_reply, self.mean = reward, encode_reply, mean
-        self._references: dict[str, float] = {}
+        self._known: dict[str, float] = {}
 
-    def __call__(self, values: Sequence[Sequence[float | None]], groups: Sequence[RolloutGroup]) -> list[list[float | None]]:
-        """Raw rewards [N][G] -> shaped [N][G] in (0, 1)."""
-        self._score_references([group.prompt for group in groups])
-        return [
-            [None if value is None else _sigmoid(value - self._references[group.prompt.prompt_id]) for value in row]
-            for row, group in zip(values, groups, strict=True)
-        ]
-
-    def _score_references(self, prompts: Sequence[Prompt]) -> None:
-        new = [prompt for prompt in prompts if prompt.prompt_id not in self._references]
-        with_reply = [prompt for prompt in new if isinstance(prompt.columns.get("chosen"), str)]
+    def __call__(self, groups: Sequence[RolloutGroup]) -> list[float]:
+        """Reference rewards in the order of the groups."""
+        new = {group.prompt.prompt_id: group.prompt for group in groups if group.prompt.prompt_id not in self._known}
+        with_reply = [prompt for prompt in new.values() if isinstance(prompt.columns.get("chosen"), str)]
         scores = self.reward.score([self._as_group(prompt) for prompt in with_reply])
-        self._references |= {prompt.prompt_id: self.mean for prompt in new}
-        self._references |= {prompt.prompt_id: row[0] for prompt, row in zip(with_reply, scores, strict=True) if row[0] is not None}
+        self._known |= dict.fromkeys(new, self.mean)
+        self._known |= {prompt.prompt_id: row[0] for prompt, row in zip(with_reply, scores, strict=True) if row[0] is not None}
+        return [self._known[group.prompt.prompt_id] for group in groups]
 
     def _as_group(self, prompt: Prompt) -> RolloutGroup:
         reply = str(prompt.columns["chosen"])

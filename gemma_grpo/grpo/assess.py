@@ -1,0 +1,123 @@
+"""Measuring: the reward adapter on pairs it never saw, the policy on prompts it never saw. Numbers are made elsewhere.
+
+Statistics are evaluation.py's and reward/quality.py's; this file runs the model for them.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from gemma_grpo.config import GRPOConfig
+from gemma_grpo.data.batch import pad_rollouts
+from gemma_grpo.data.prompts import EncodedPair
+from gemma_grpo.evaluation import EvaluatedReply, summarise
+from gemma_grpo.grpo.setup import Gold
+from gemma_grpo.grpo.step import role_logprobs
+from gemma_grpo.model.gemma import Gemma
+from gemma_grpo.reward.base import RewardStack
+from gemma_grpo.reward.generative import GenerativeReward, Judge, Progress, score_pairs, train_reward_adapter
+from gemma_grpo.reward.quality import accuracy, quality_report
+from gemma_grpo.rollout.engine import RolloutEngine, SamplingParams
+from gemma_grpo.types import Prompt, RolloutGroup
+
+REFERENCE_PROMPTS = 64
+EVALUATION_STEP = -1
+"""Sampling counter of the evaluation: no training step draws the same numbers."""
+
+
+def train_and_measure_reward(
+    model: Gemma,
+    engine: RolloutEngine,
+    pairs: tuple[Sequence[EncodedPair], Sequence[EncodedPair]],
+    prompts: Sequence[Prompt],
+    config: GRPOConfig,
+    *,
+    gold: Callable[[EncodedPair], float] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train the "reward" adapter on the first pairs and say how good it is on the second: the content of calibration.json.
+
+    `gold` gives a pair's true margin where it is known: accuracy against flipped labels cannot exceed 80 % in the miniature.
+    """
+    train, held_out = pairs
+    judge = Judge(model)
+    zero_shot = score_pairs(judge, held_out, "reference", config.reward_model.batch_size)
+    train_reward_adapter(judge, train, config.reward_model, seed=config.seed, progress=progress)
+    scores = score_pairs(judge, held_out, "reward", config.reward_model.batch_size)
+    report = {"pairs_trained": len(train), **quality_report([pair.pair for pair in held_out], scores, zero_shot)}
+    if gold is not None:
+        true_margins = torch.tensor([gold(pair) for pair in held_out])
+        report["accuracy_against_gold"] = accuracy((scores[:, 0] - scores[:, 1]) * true_margins.sign())
+    return report | reference_rewards(model, engine, prompts[:REFERENCE_PROMPTS], config)
+
+
+def reference_rewards(model: Gemma, engine: RolloutEngine, prompts: Sequence[Prompt], config: GRPOConfig) -> dict[str, float | None]:
+    """Mean and std of the trained judge's reward on the reference policy's own samples, not on dataset replies."""
+    groups = sample_in_chunks(engine, prompts, _evaluation_sampling(config, "reference", 1), config.completions_per_step)
+    values = [value for row in GenerativeReward(model, prompts_per_pass=config.prompts_per_step).score(groups) for value in row if value is not None]
+    return {
+        "reference_mean": statistics.fmean(values) if values else None,
+        "reference_std": statistics.pstdev(values) if values else None,
+    }
+
+
+def evaluate_policy(
+    model: Gemma, engine: RolloutEngine, rewards: RewardStack, prompts: Sequence[Prompt], config: GRPOConfig, gold: Gold | None
+) -> dict[str, Any]:
+    """Before and after on the same prompts with the same random numbers; empty when there is nothing to evaluate on."""
+    chosen = prompts[: config.evaluation.num_prompts]
+    if not chosen:
+        return {}
+    before, after = (
+        sample_in_chunks(engine, chosen, _evaluation_sampling(config, role, config.evaluation.num_completions), config.completions_per_step)
+        for role in ("reference", "policy")
+    )
+    kl = _sequence_kl(model, after, config)
+    scores = [rewards.score(groups).rewards for groups in (before, after)]
+    replies, skipped = [], 0
+    for n, prompt in enumerate(chosen):
+        for g in range(config.evaluation.num_completions):
+            first, second = scores[0][n][g], scores[1][n][g]
+            if first is None or second is None:
+                skipped += 1
+                continue
+            pair = before[n].completions[g], after[n].completions[g]
+            golds = (None, None) if gold is None else tuple(gold(prompt, completion.text) for completion in pair)
+            replies.append(EvaluatedReply(prompt, *pair, first, second, *golds, kl=kl[n][g]))
+    return {**summarise(replies, seed=config.seed), "unscored": skipped} if replies else {"unscored": skipped}
+
+
+def sample_in_chunks(engine: RolloutEngine, prompts: Sequence[Prompt], params: SamplingParams, rows: int) -> list[RolloutGroup]:
+    """Sample any number of prompts with at most about `rows` completions at a time."""
+    size = max(1, rows // params.num_generations)
+    return [group for start in range(0, len(prompts), size) for group in engine.sample(prompts[start : start + size], params)]
+
+
+def _evaluation_sampling(config: GRPOConfig, role: Any, num_generations: int) -> SamplingParams:
+    return SamplingParams(
+        num_generations=num_generations,
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        top_k=config.sampling.top_k,
+        top_p=config.sampling.top_p,
+        seed=config.seed,
+        step=EVALUATION_STEP,
+        role=role,
+    )
+
+
+def _sequence_kl(model: Gemma, groups: Sequence[RolloutGroup], config: GRPOConfig) -> list[list[float]]:
+    """Sum over each completion's tokens of log policy - log reference."""
+    result: list[list[float]] = []
+    for start in range(0, len(groups), config.prompts_per_step):
+        batch = pad_rollouts(groups[start : start + config.prompts_per_step]).to(model.device)
+        policy, reference = (
+            role_logprobs(model, batch, role, prompts_per_piece=config.batch_size, temperature=config.temperature)
+            for role in ("policy", "reference")
+        )
+        result.extend((policy - reference).sum(-1).tolist())
+    return result

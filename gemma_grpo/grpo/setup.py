@@ -1,0 +1,142 @@
+"""From settings to what the loop runs on: rows into prompts and pairs, reward names into a reward stack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from gemma_grpo.config import GRPOConfig
+from gemma_grpo.data.chat import reply_ids
+from gemma_grpo.data.hh_rlhf import LoadedPairs, load_hh_rlhf
+from gemma_grpo.data.prompts import (
+    EncodedPair,
+    LoadedPrompts,
+    build_prompts,
+    encode_pairs,
+    load_dataset_rows,
+    split_by_conversation,
+)
+from gemma_grpo.data.sources import DataError
+from gemma_grpo.miniature.world import gold_score, sample_pairs
+from gemma_grpo.model.gemma import Gemma
+from gemma_grpo.reward.base import Reward, RewardStack, WeightedReward, unknown_reward
+from gemma_grpo.reward.functions import FunctionReward
+from gemma_grpo.reward.generative import GenerativeReward, Judge
+from gemma_grpo.reward.rules import RULES, build_rules
+from gemma_grpo.reward.shaping import ReferenceRewards, par
+from gemma_grpo.types import Prompt
+
+Rows: TypeAlias = "LoadedPairs | LoadedPrompts"
+Gold: TypeAlias = Callable[[Prompt, str], float]
+
+DEFAULT_REWARD = {"generative": 1.0, "overlong": 0.5, "repetition": 0.5, "empty": 1.0, "role_leak": 1.0}
+"""The trained judge, shaped, and small bounded rules against text that is no reply at all (docs/method.md, rewards)."""
+TRAINED, ZERO_SHOT = "generative", "judge"
+MINIATURE = "miniature"
+MINIATURE_PAIRS, MINIATURE_SEED = 4000, 0
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Prompts and pairs on their two sides; a conversation is on one of them only."""
+
+    prompts: Sequence[Prompt]
+    held_out_prompts: Sequence[Prompt]
+    pairs: Sequence[EncodedPair]
+    held_out_pairs: Sequence[EncodedPair]
+    counts: Mapping[str, Any]
+    """What was read, kept and dropped, and why: shown, and kept in run.json."""
+
+
+def load_rows(dataset: Any, source_name: str | None) -> Rows:
+    """Parsed rows of a dataset by name, path or value; "miniature" is the shipped world. Raises DataError."""
+    if dataset == MINIATURE:
+        return load_hh_rlhf(sample_pairs(MINIATURE_SEED, MINIATURE_PAIRS), name=source_name or MINIATURE)
+    return load_dataset_rows(dataset, name=source_name)
+
+
+def known_gold(dataset: Any) -> Gold | None:
+    """The exact score of a reply, which only the miniature world has. Evaluation may look at it; training never does."""
+    if dataset != MINIATURE:
+        return None
+    return lambda prompt, text: gold_score(prompt.messages[-1]["content"], text).total
+
+
+def gold_margin(dataset: Any) -> Callable[[EncodedPair], float] | None:
+    """True margin of a pair, chosen minus rejected, where the world knows it."""
+    gold = known_gold(dataset)
+    if gold is None:
+        return None
+
+    def margin(item: EncodedPair) -> float:
+        request = item.pair.messages[-1]["content"]
+        return float(gold_score(request, item.pair.chosen).total - gold_score(request, item.pair.rejected).total)
+
+    return margin
+
+
+def build_training_data(rows: Rows, model: Gemma, config: GRPOConfig) -> TrainingData:
+    """Tokenised prompts and pairs, split by conversation. Raises DataError when a side is left empty."""
+    items = rows.pairs if isinstance(rows, LoadedPairs) else rows.prompts
+    built = build_prompts(items, model.tokenizer, config.max_prompt_length)
+    train, held_out = split_by_conversation(built.prompts, lambda prompt: prompt.conversation_id, config.data.holdout)
+    pairs, counts = _build_pairs(rows, model, config)
+    counts |= {"rows": rows.rows, "kept": rows.kept, "dropped": dict(rows.dropped)}
+    counts |= {"prompts": len(built.prompts), "prompts_dropped": dict(built.dropped), "prompts_shortened": built.shortened}
+    if not train:
+        raise DataError(
+            f"no training prompt is left of {rows.kept} rows (dropped: {dict(built.dropped)}, held out: {len(held_out)}). "
+            f"Raise max_prompt_length ({config.max_prompt_length}), lower data.holdout ({config.data.holdout}), or give more rows."
+        )
+    train = train[: config.data.max_prompts]
+    counts |= {"prompts_train": len(train), "prompts_held_out": len(held_out)}
+    return TrainingData(train, held_out, pairs[0], pairs[1], counts)
+
+
+def _build_pairs(
+    rows: Rows, model: Gemma, config: GRPOConfig
+) -> tuple[tuple[Sequence[EncodedPair], Sequence[EncodedPair]], dict[str, Any]]:
+    if not isinstance(rows, LoadedPairs):
+        return ((), ()), {}
+    reserved = len(Judge(model).suffix)
+    encoded = encode_pairs(rows.pairs, model.tokenizer, config.reward_model.max_length, reserved=reserved)
+    train, held_out = split_by_conversation(encoded.pairs, lambda pair: pair.conversation_id, config.data.holdout)
+    train = train[: config.reward_model.max_pairs]
+    counts = {"pairs_train": len(train), "pairs_held_out": len(held_out), "pairs_dropped": dict(encoded.dropped)}
+    return (train, held_out), counts | {"pairs_shortened": encoded.shortened}
+
+
+def reward_weights(reward: Any, config: GRPOConfig) -> dict[str, float]:
+    """Name -> weight of the rewards a run uses; functions given in Python are named after themselves.
+
+    Raises ValueError for a name nobody knows, with the nearest one.
+    """
+    if callable(reward):
+        return {FunctionReward(reward).name: 1.0}
+    weights = {reward: 1.0} if isinstance(reward, str) else dict(reward or config.reward or DEFAULT_REWARD)
+    for name in weights:
+        if name not in RULES and name not in (TRAINED, ZERO_SHOT):
+            raise unknown_reward(name, [*RULES, TRAINED, ZERO_SHOT])
+    return weights
+
+
+def build_reward_stack(reward: Any, weights: Mapping[str, float], model: Gemma, config: GRPOConfig, reference_mean: float) -> RewardStack:
+    """The rewards of a run as one. `reference_mean` is what the trained judge gives the reference policy's samples on average."""
+    if callable(reward):
+        return RewardStack([WeightedReward(FunctionReward(reward))])
+    parts = []
+    for name, weight in weights.items():
+        if name in RULES:
+            parts.append(WeightedReward(build_rules([name], config.max_completion_length)[0], weight))
+            continue
+        role = "reward" if name == TRAINED else "reference"
+        judge = GenerativeReward(model, role=role, prompts_per_pass=config.batch_size, name=name)  # type: ignore[arg-type]
+        parts.append(WeightedReward(judge, weight, _shape(judge, model, config, reference_mean)))
+    return RewardStack(parts)
+
+
+def _shape(judge: Reward, model: Gemma, config: GRPOConfig, mean: float) -> Any:
+    if config.reward_model.shaping == "none":
+        return None
+    return par(ReferenceRewards(judge, lambda reply: reply_ids(model.tokenizer, reply), mean))

@@ -1,0 +1,117 @@
+"""The pieces of one training step between rollout and update: reference pass, advantages, metrics."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from gemma_grpo.config import GRPOConfig
+from gemma_grpo.data.batch import GroupBatch, PolicyBatch, pad_rollouts, pad_values
+from gemma_grpo.grpo.advantages import BASELINES, SCALES, flat_group_fraction, gdpo_advantages, group_advantages
+from gemma_grpo.grpo.loss import kl_reward_penalty
+from gemma_grpo.model.gemma import Gemma, ModelRole
+from gemma_grpo.model.logprobs import completion_logprobs
+from gemma_grpo.reward.base import StackScores
+from gemma_grpo.types import RolloutGroup, ScoredGroup
+
+
+@torch.no_grad()
+def role_logprobs(
+    model: Gemma, batch: GroupBatch, role: ModelRole, *, prompts_per_piece: int, temperature: float
+) -> Float[Tensor, "N G C"]:
+    """Log-probabilities of the completions under a role, without gradients, a few prompts at a time."""
+    pieces = []
+    with model.role(role):
+        for piece in batch.split(prompts_per_piece):
+            logprobs, _ = completion_logprobs(model, piece, temperature=temperature)
+            pieces.append(pad(logprobs, (0, batch.completion_ids.shape[-1] - logprobs.shape[-1])))
+    return torch.cat(pieces)
+
+
+def policy_batch(
+    model: Gemma, groups: Sequence[RolloutGroup], scores: StackScores, weights: Mapping[str, float], config: GRPOConfig, beta: float
+) -> PolicyBatch:
+    """Everything one update learns from. The reference pass is skipped when no KL penalty asks for it."""
+    batch = pad_rollouts(groups).to(model.device)
+    sampling = pad_values([[completion.sampling_logprobs for completion in group.completions] for group in groups], batch).to(model.device)
+    ref = None
+    if config.kl.placement != "off":
+        ref = role_logprobs(model, batch, "reference", prompts_per_piece=config.batch_size, temperature=config.temperature)
+    penalty = None
+    if config.kl.placement == "reward" and ref is not None:
+        flat = (tensor.flatten(0, 1) for tensor in (sampling, ref, batch.completion_mask))
+        penalty = kl_reward_penalty(*flat, beta=beta).view(len(groups), -1)
+    advantages = step_advantages(scores, batch.completion_mask.sum(-1), weights, config, penalty)
+    return PolicyBatch(**vars(batch), sampling_logprobs=sampling, advantages=advantages, old_logprobs=None, ref_logprobs=ref)
+
+
+def step_advantages(
+    scores: StackScores,
+    lengths: Tensor,
+    weights: Mapping[str, float],
+    config: GRPOConfig,
+    penalty: Float[Tensor, "N G"] | None = None,
+) -> Float[Tensor, "N G"]:
+    """Advantages of the whole step; `penalty` is the KL that counts as part of the reward."""
+    settings = config.advantage
+    chosen = {"baseline": BASELINES[settings.baseline], "scale": SCALES[settings.scale], "clip": settings.clip}
+    if settings.aggregation == "gdpo":
+        parts = torch.stack([as_tensor(part) for part in scores.parts.values()]).to(lengths.device)
+        part_weights = torch.tensor([weights[name] for name in scores.parts], device=lengths.device)
+        return gdpo_advantages(parts, part_weights, lengths, **chosen)  # type: ignore[arg-type]
+    rewards = as_tensor(scores.rewards).to(lengths.device)
+    return group_advantages(rewards if penalty is None else rewards - penalty, lengths, **chosen)  # type: ignore[arg-type]
+
+
+def as_tensor(scores: Sequence[Sequence[float | None]]) -> Float[Tensor, "N G"]:
+    """Scores as float32, NaN where a completion was not scored."""
+    return torch.tensor([[float("nan") if value is None else value for value in row] for row in scores], dtype=torch.float32)
+
+
+def scored_groups(groups: Sequence[RolloutGroup], scores: StackScores, advantages: Float[Tensor, "N G"]) -> list[ScoredGroup]:
+    """Groups with what was made of them, for the samples log."""
+    return [
+        ScoredGroup(
+            group=group,
+            rewards=tuple(scores.rewards[n]),
+            reward_parts={name: tuple(part[n]) for name, part in scores.parts.items()},
+            advantages=tuple(advantages[n].tolist()),
+        )
+        for n, group in enumerate(groups)
+    ]
+
+
+def reward_metrics(scores: StackScores) -> dict[str, float]:
+    """Mean, within-group spread and coverage of the rewards; mean and std of each raw part."""
+    rewards = as_tensor(scores.rewards)
+    spreads = [statistics.stdev(row) for row in ([v for v in values if v is not None] for values in scores.rewards) if len(row) > 1]
+    metrics = {
+        "reward_std": statistics.fmean(spreads) if spreads else 0.0,
+        "frac_reward_zero_std": flat_group_fraction(rewards),
+        "unscored": float(rewards.isnan().sum()),
+    }
+    scored = [value for row in scores.rewards for value in row if value is not None]
+    if scored:
+        metrics = {"reward": statistics.fmean(scored), **metrics}
+    for name, part in scores.parts.items():
+        values = [value for row in part for value in row if value is not None]
+        if values:
+            metrics[f"rewards/{name}/mean"] = statistics.fmean(values)
+            metrics[f"rewards/{name}/std"] = statistics.pstdev(values)
+    return metrics
+
+
+def length_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Completion lengths in tokens, stop token included, and the share cut by the limit."""
+    completions = [completion for group in groups for completion in group.completions]
+    lengths = [len(completion.token_ids) for completion in completions]
+    return {
+        "completions/mean_length": statistics.fmean(lengths),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": statistics.fmean(completion.finish == "length" for completion in completions),
+    }

@@ -1,0 +1,342 @@
+"""GRPOTrainer: the loop. Rollouts, rewards, advantages, update; before it the reward adapter, after it the evaluation.
+
+Owns the order of things and what goes into the run directory. How each part is done is the part's own file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from gemma_grpo.checkpoint import latest_checkpoint, save_checkpoint
+from gemma_grpo.config import GRPOConfig, build_config, dump_recipe, load_recipe
+from gemma_grpo.data.prompts import order
+from gemma_grpo.data.sources import DataError
+from gemma_grpo.grpo.assess import evaluate_policy, train_and_measure_reward
+from gemma_grpo.grpo.setup import TRAINED, build_reward_stack, build_training_data, gold_margin, known_gold, load_rows, reward_weights
+from gemma_grpo.grpo.step import length_metrics, policy_batch, reward_metrics, scored_groups
+from gemma_grpo.grpo.update import PolicyUpdater
+from gemma_grpo.model.gemma import Gemma
+from gemma_grpo.monitor.events import RunDirectory, next_run_path
+from gemma_grpo.monitor.terminal import ProgressView
+from gemma_grpo.rollout.engine import SamplingParams
+from gemma_grpo.rollout.local import LocalEngine
+from gemma_grpo.types import Prompt, ScoredGroup, StepRecord
+
+GIVEN_ROWS = "rows given in Python"
+
+
+class GRPOTrainer:
+    """Fine-tunes a Gemma 3 on preferences: `GRPOTrainer(model_name=..., dataset=...).train()`.
+
+    Every setting of GRPOConfig is a keyword, nested ones as a mapping or dotted ("kl.beta"). `dataset` may also be rows or a
+    datasets.Dataset; `reward` also a function f(prompts, completions, **columns) -> list of float or None. Wrong settings raise
+    ConfigError at once, all of them together.
+    """
+
+    def __init__(self, model_name: str | None = None, dataset: Any = None, reward: Any = None, *, view: Any = None, **settings: Any) -> None:
+        named = {"model_name": model_name, "dataset": dataset if isinstance(dataset, str | None) else GIVEN_ROWS}
+        named["reward"] = reward if isinstance(reward, Mapping) else {reward: 1.0} if isinstance(reward, str) else None
+        given = {name: value for name, value in named.items() if value is not None}
+        self._set_up(build_config({**settings, **given}), dataset if dataset is not None else None, reward if callable(reward) else None, view)
+
+    @classmethod
+    def from_recipe(cls, path: str | Path, overrides: Mapping[str, Any] | None = None, *, view: Any = None, **settings: Any) -> GRPOTrainer:
+        """A trainer with a recipe's settings, some of them overridden."""
+        trainer = cls.__new__(cls)
+        trainer._set_up(load_recipe(path, {**(overrides or {}), **settings}), None, None, view)
+        return trainer
+
+    @classmethod
+    def from_run(cls, run_dir: str | Path, *, view: Any = None) -> GRPOTrainer:
+        """The trainer of an existing run, to evaluate or use it; its final adapter is loaded."""
+        run = RunDirectory.open(run_dir)
+        trainer = cls.from_recipe(run.recipe, {"output_dir": str(run_dir)}, view=view)
+        trainer._run = run
+        trainer._prepare()
+        trainer.model.load_adapter("policy", run.adapter)
+        trainer._load_reward()
+        return trainer
+
+    def _set_up(self, config: GRPOConfig, dataset: Any, reward: Any, view: Any) -> None:
+        self.config = config
+        self.view = view if view is not None else ProgressView()
+        self._dataset = config.dataset if dataset is None else dataset
+        self._function = reward
+        self.weights = reward_weights(reward, config)
+        self._run: RunDirectory | None = None
+        self.step = 0
+        self.num_tokens = 0
+
+    # ---- what a user calls
+
+    def train(self, resume_from_checkpoint: bool | None = None) -> dict[str, Any]:
+        """The whole road: reward adapter (when the reward is the trained judge), GRPO, evaluation. Returns the evaluation.
+
+        With resume_from_checkpoint the run in output_dir goes on after its newest checkpoint.
+        """
+        with self._running(resume=bool(resume_from_checkpoint)):
+            if resume_from_checkpoint:
+                self._load_reward()
+                self._resume()
+            elif TRAINED in self.weights:
+                self._train_reward()
+            self._build_rewards()
+            self._loop()
+            self.save_model(self.run.adapter)
+            return self.evaluate()
+
+    def train_reward(self) -> dict[str, Any]:
+        """Only the reward adapter: trained on the pairs, measured on held-out ones, written to the run's reward folder."""
+        with self._running(resume=False):
+            return self._train_reward()
+
+    def evaluate(self) -> dict[str, Any]:
+        """Before (adapters off) and after on held-out prompts; written to evaluation.json."""
+        started = time.perf_counter()
+        self.view.phase("evaluation", f"{min(self.config.evaluation.num_prompts, len(self.data.held_out_prompts))} held-out prompts")
+        result = evaluate_policy(self.model, self.engine, self.rewards, self.data.held_out_prompts, self.config, known_gold(self._dataset))
+        if result:
+            result["seconds"] = time.perf_counter() - started
+            self.run.write_json("evaluation.json", result)
+        self.run.event("phase", name="evaluation", seconds=time.perf_counter() - started)
+        return result
+
+    def save_model(self, folder: str | Path) -> Path:
+        """Write the policy adapter as a PEFT folder, loadable with PeftModel.from_pretrained on the same base."""
+        self.model.save_adapter("policy", Path(folder))
+        return Path(folder)
+
+    def dry_run(self) -> dict[str, Any]:
+        """Everything up to the first rollout: data, model, rewards on canned replies. Writes nothing."""
+        self._prepare()
+        prompts = self._prompts_of_step(0)[:2]
+        return {"steps": self.total_steps, "counts": dict(self.data.counts), "rewards": dict(self.weights), "prompts": prompts}
+
+    @property
+    def run(self) -> RunDirectory:
+        """The run directory; there once training or evaluation has begun."""
+        if self._run is None:
+            raise ValueError("this trainer has no run directory yet. Call train() first, or GRPOTrainer.from_run(folder).")
+        return self._run
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run."""
+        return self.run.path
+
+    # ---- one step
+
+    def train_step(self, prompts: Sequence[Prompt]) -> tuple[StepRecord, list[ScoredGroup]]:
+        """Sample, score and learn from one rollout batch."""
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "rollout"):
+            groups = self.engine.sample(prompts, self._sampling())  # one prefill per prompt
+        with _timed(seconds, "reward"):
+            scores = self.rewards.score(groups)
+        with _timed(seconds, "reference"):
+            batch = policy_batch(self.model, groups, scores, self.weights, self.config, self.updater.beta.beta)
+        with _timed(seconds, "update"):
+            metrics = self.updater.update(batch, self.step)  # planning_steps x micro-batches
+        self.num_tokens += int(batch.completion_mask.sum())
+        measured = {**reward_metrics(scores), **length_metrics(groups), **metrics, "num_tokens": float(self.num_tokens)}
+        return StepRecord(self.step + 1, seconds, measured), scored_groups(groups, scores, batch.advantages)
+
+    def _sampling(self) -> SamplingParams:
+        config = self.config
+        return SamplingParams(
+            num_generations=config.num_generations,
+            max_completion_length=config.max_completion_length,
+            temperature=config.temperature,
+            top_k=config.sampling.top_k,
+            top_p=config.sampling.top_p,
+            seed=config.seed,
+            step=self.step,
+        )
+
+    def _loop(self) -> None:
+        self.view.phase("training", self._product())
+        while self.step < self.total_steps:
+            record, scored = self.train_step(self._prompts_of_step(self.step))
+            self.step += 1
+            self.run.append_metrics(record)
+            self.run.append_samples(record.step, scored)
+            self.run.event("step_time", step=record.step, seconds=dict(record.seconds))
+            self.view.step(record, self.total_steps, group=scored[0])
+            self._explain(record)
+            stop = self.updater.over_budget()
+            if stop:
+                self._warn(f"the KL to the reference stayed above twice kl.ref_target: stopped at step {record.step}. Raise kl.beta.")
+            if stop or self.step == self.total_steps or (self.config.save_steps and self.step % self.config.save_steps == 0):
+                self._save_checkpoint()
+            if stop:
+                return
+
+    def _explain(self, record: StepRecord) -> None:
+        """Say what a step's numbers mean where a user would otherwise wonder."""
+        if record.metrics["frac_reward_zero_std"] == 1.0:
+            self._warn(
+                f"step {record.step}: in every group all completions got the same reward, so nothing was learned from rewards. "
+                "Raise temperature or num_generations, or use a finer reward."
+            )
+        if record.metrics["passes"] < self.config.planning_steps:
+            self._warn(f"step {record.step}: kl.step_limit was reached after {record.metrics['passes']:.0f} planning steps.")
+
+    def _warn(self, text: str) -> None:
+        self.run.event("warn", text=text)
+        self.view.warn(text)
+
+    # ---- before and after the loop
+
+    @contextmanager
+    def _running(self, *, resume: bool) -> Iterator[None]:
+        """Everything a run needs, in the order in which it can fail cheaply; the outcome in run.json whatever happens."""
+        if self._run is None:
+            self._open_run(resume=resume)
+        try:
+            if not hasattr(self, "model"):
+                self._prepare()
+            self.run.event("start", resume=resume)
+            yield
+        except BaseException as error:
+            self.run.event("error", text=f"{type(error).__name__}: {error}")
+            self.run.update_run(status="failed", ended=time.time(), error=f"{type(error).__name__}: {error}")
+            raise
+        else:
+            self.run.event("end", step=self.step)
+            self.run.update_run(status="finished", ended=time.time(), steps=self.step)
+        finally:
+            self.view.close()
+            self.run.close()
+
+    def _open_run(self, *, resume: bool) -> None:
+        config = self.config
+        self._rows = load_rows(self._dataset, config.data.source)
+        if resume:
+            if config.output_dir is None:
+                raise ValueError("resume_from_checkpoint needs output_dir: the folder of the run to go on with.")
+            self._run = RunDirectory.open(config.output_dir)
+            return
+        stem = f"{config.model_name.rstrip('/').rpartition('/')[2]}-{Path(config.dataset).name.partition('.')[0]}"
+        path = Path(config.output_dir) if config.output_dir else next_run_path("runs", stem)
+        RunDirectory.check(path)
+        self._prepare()
+        info = {
+            "status": "running",
+            "started": time.time(),
+            "model": config.model_name,
+            "dataset": config.dataset,
+            "data": dict(self.data.counts),
+            "versions": {name: version(name) for name in ("gemma-grpo", "torch", "transformers", "peft")},
+            "completions_per_update": config.completions_per_step,
+        }
+        self._run = RunDirectory.create(path, dump_recipe(config), info)
+
+    def _prepare(self) -> None:
+        """Load the model, tokenise the data, lay out the steps."""
+        config = self.config
+        rows = getattr(self, "_rows", None) or load_rows(self._dataset, config.data.source)
+        self.view.phase("loading", config.model_name)
+        self.model = Gemma.load(config.model_name, lora=config.lora, precision=config.precision, seed=config.seed)
+        if config.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        self.engine = LocalEngine(self.model)
+        self.data = build_training_data(rows, self.model, config)
+        self.steps_per_epoch = math.ceil(len(self.data.prompts) / config.prompts_per_step)
+        self.total_steps = min(math.ceil(config.epochs * self.steps_per_epoch), config.max_steps or math.inf)  # type: ignore[type-var]
+        self.updater = PolicyUpdater(self.model, config, self.total_steps)
+        self._check_reward_can_be_had()
+
+    def _check_reward_can_be_had(self) -> None:
+        if TRAINED in self.weights and not self.data.pairs and self.config.reward_model.path is None:
+            raise DataError(
+                f"the dataset {self.config.dataset} has prompts but no preference pairs, so there is nothing to train the reward on. "
+                "Give reward=(a function or a name), reward_model.path=(a trained reward adapter), or reward=judge for the zero-shot judge."
+            )
+
+    def _product(self) -> str:
+        config = self.config
+        return (
+            f"{config.batch_size} prompts x {config.num_generations} completions x {config.gradient_accumulation_steps} accumulation"
+            f" = {config.completions_per_step} completions per update; {len(self.data.prompts)} prompts, {self.total_steps} steps"
+        )
+
+    def _prompts_of_step(self, step: int) -> Sequence[Prompt]:
+        epoch, index = divmod(step, self.steps_per_epoch)
+        start = index * self.config.prompts_per_step
+        return order(self.data.prompts, self.config.seed, epoch)[start : start + self.config.prompts_per_step]
+
+    def _train_reward(self) -> dict[str, Any]:
+        if self.config.reward_model.path is not None:
+            self._load_reward(Path(self.config.reward_model.path))
+            return self._calibration
+        if not self.data.pairs:
+            self._check_reward_can_be_had()
+        self.view.phase("reward adapter", f"no reward given: training one on {len(self.data.pairs)} preference pairs")
+        started = time.perf_counter()
+        self._calibration = train_and_measure_reward(
+            self.model,
+            self.engine,
+            (self.data.pairs, self.data.held_out_pairs),
+            self.data.held_out_prompts or self.data.prompts,
+            self.config,
+            gold=gold_margin(self._dataset),
+            progress=self._reward_progress,
+        )
+        self.model.save_adapter("reward", self.run.reward)
+        self.run.write_json("reward/calibration.json", self._calibration)
+        self.run.event("phase", name="reward adapter", seconds=time.perf_counter() - started)
+        return self._calibration
+
+    def _reward_progress(self, update: int, total: int, loss: float, accuracy: float) -> None:
+        self.run.event("reward_training", update=update, loss=loss, accuracy=accuracy)
+        self.view.reward_training(update, total, loss, accuracy)
+
+    def _load_reward(self, folder: Path | None = None) -> None:
+        if TRAINED not in self.weights:
+            return
+        folder = folder or self.run.reward
+        self.model.load_adapter("reward", folder)
+        path = folder / "calibration.json"
+        if not path.is_file():
+            raise ValueError(f"{folder} has no calibration.json, which says how its rewards are scaled. Give a folder train-reward wrote.")
+        self._calibration = json.loads(path.read_text(encoding="utf-8"))
+
+    def _build_rewards(self) -> None:
+        mean = getattr(self, "_calibration", {}).get("reference_mean") or 0.0
+        self.rewards = build_reward_stack(self._function, self.weights, self.model, self.config, mean)
+
+    def _save_checkpoint(self) -> None:
+        tensors, controllers = self.updater.state()
+        state = {"controllers": controllers, "num_tokens": self.num_tokens, "offsets": self.run.offsets()}
+        path = save_checkpoint(
+            self.run.checkpoints,
+            self.step,
+            save_policy=lambda folder: self.model.save_adapter("policy", folder / "policy"),
+            optimizer=tensors,
+            state=state,
+        )
+        self.run.event("checkpoint", step=self.step, path=path.name)
+
+    def _resume(self) -> None:
+        checkpoint = latest_checkpoint(self.run.checkpoints)
+        if checkpoint is None:
+            raise ValueError(f"{self.run.path} has no checkpoint to go on from. Train it again in another output_dir.")
+        self.model.load_adapter("policy", checkpoint.policy)
+        self.updater.load(checkpoint.optimizer, checkpoint.state["controllers"])
+        self.run.truncate(checkpoint.state["offsets"])
+        self.step, self.num_tokens = checkpoint.step, checkpoint.state["num_tokens"]
+        self.view.note(f"resumed {checkpoint.path.name}: adapter, optimizer, controllers and data position; {self.step}/{self.total_steps} steps")
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - started

@@ -1,0 +1,262 @@
+"""One rollout batch into weights: planning passes, micro-batches, the step limit. Owns the optimizer and the controllers.
+
+Nothing acts before it was checked finite; an update that goes further than the step limit allows is taken back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from gemma_grpo.config import GRPOConfig
+from gemma_grpo.data.batch import PolicyBatch
+from gemma_grpo.grpo.control import AdaptiveBeta, AdaptiveEntropy, HardStop, StepLimit
+from gemma_grpo.grpo.loss import KL_ESTIMATORS, POLICY_LOSSES, policy_objective, sampler_weights, step_kl, token_weights
+from gemma_grpo.model.gemma import Gemma
+from gemma_grpo.model.logprobs import completion_logprobs
+
+Gradient = list[Tensor]
+
+
+class PolicyUpdater:
+    """Learns from rollout batches with AdamW over the policy adapter."""
+
+    def __init__(self, model: Gemma, config: GRPOConfig, total_steps: int) -> None:
+        self.model, self.config = model, config
+        self.total_updates = max(1, total_steps * config.planning_steps)
+        self.parameters = model.adapter_parameters("policy")
+        optimizer = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            list(self.parameters.values()),
+            lr=config.learning_rate,
+            betas=(optimizer.beta1, optimizer.beta2),
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+        )
+        kl, entropy = config.kl, config.entropy
+        target = None if kl.placement == "off" else kl.ref_target
+        self.beta = AdaptiveBeta(kl.beta if kl.placement != "off" else 0.0, target=target, minimum=kl.beta_min, maximum=kl.beta_max)
+        self.hard_stop = HardStop(target=target, patience=kl.hard_stop_steps)
+        self.limit = StepLimit(kl.step_limit)
+        self.entropy = AdaptiveEntropy(threshold=entropy.threshold, max_alpha_ratio=entropy.max_alpha_ratio, step=entropy.step)
+        loss = config.loss
+        self.policy_loss = partial(POLICY_LOSSES[loss.type], clip_low=loss.clip_low, clip_high=loss.clip_high, dual_clip=loss.dual_clip)
+        self.kl_estimator = KL_ESTIMATORS[kl.estimator] if kl.placement == "loss" else None
+
+    def update(self, batch: PolicyBatch, step: int) -> dict[str, float]:
+        """All planning passes over one rollout batch; what they measured, by metric name.
+
+        Raises FloatingPointError, with nothing updated, when a loss or a gradient is not finite.
+        """
+        self._seed_dropout(step)
+        first: dict[str, float] = {}
+        sums: dict[str, float] = {}
+        norm, kl_step, passes, taken = 0.0, 0.0, 0, None
+        for index in range(self.config.planning_steps):
+            gradient, sums, logprobs = self._accumulate(batch)
+            if index == 0:
+                # the first pass's own log-probabilities are the old ones: its ratio is exactly 1, and no pass is spent on them
+                first, batch = sums, replace(batch, old_logprobs=logprobs)
+            else:
+                kl_step = sums["kl_step_sum"] / sums["tokens"]
+                if self._shortened(batch, taken, kl_step) or self.limit.before_pass(kl_step) == "stop":
+                    break
+            norm = self._checked_norm(gradient, sums, step)
+            taken = (self._snapshot(), gradient, self.learning_rate(step * self.config.planning_steps + index))
+            self._apply(gradient, taken[2])
+            passes += 1
+        else:
+            if self._may_have_gone_far(kl_step, passes):
+                kl_step = self._measured_step_kl(batch)
+                self._shortened(batch, taken, kl_step)
+        return self._metrics(batch, first, sums) | {
+            "grad_norm": norm,
+            "kl_step": kl_step,
+            "passes": float(passes),
+            "learning_rate": 0.0 if taken is None else taken[2],
+            "rollbacks": float(self.limit.rollbacks),
+        }
+
+    def learning_rate(self, update: int) -> float:
+        """Rate of the update with this number, from 0: linear warm-up, then the schedule down to the last update of the run."""
+        settings = self.config.optimizer
+        if update < settings.warmup_updates:
+            return self.config.learning_rate * (update + 1) / settings.warmup_updates
+        done = (update - settings.warmup_updates) / max(1, self.total_updates - settings.warmup_updates)
+        left = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[settings.schedule]
+        return self.config.learning_rate * max(0.0, left)
+
+    def _accumulate(self, batch: PolicyBatch) -> tuple[Gradient, dict[str, float], Float[Tensor, "N G C"]]:
+        """Gradient of the whole step's loss, sums of what was measured, and the policy's log-probabilities."""
+        pieces = list(batch.split(self.config.batch_size))
+        num_tokens, num_completions = int(batch.completion_mask.sum()), batch.completion_mask[..., 0].numel()
+        totals: dict[str, Tensor] = {}
+        logprobs = []
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.model.role("policy", train=True):
+            for piece in pieces:
+                loss, metrics, now = self._piece_loss(piece, num_tokens, num_completions, len(pieces))
+                loss.backward()
+                metrics["loss"] = loss.detach()
+                totals = {name: totals.get(name, 0.0) + value for name, value in metrics.items()}
+                logprobs.append(pad(now, (0, batch.completion_ids.shape[-1] - now.shape[-1])))
+        gradient = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters.values()]
+        return gradient, {name: float(value) for name, value in totals.items()}, torch.cat(logprobs)
+
+    def _piece_loss(
+        self, piece: PolicyBatch, num_tokens: int, num_completions: int, num_pieces: int
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        config = self.config
+        logprobs, entropy = completion_logprobs(self.model, piece, temperature=config.temperature)
+        flat, mask = logprobs.flatten(0, 1), piece.completion_mask.flatten(0, 1)
+        old = logprobs.detach() if piece.old_logprobs is None else piece.old_logprobs
+        weights = token_weights(
+            mask,
+            aggregation=config.loss.aggregation,
+            num_step_completions=num_completions,
+            num_step_tokens=num_tokens,
+            max_completion_length=config.max_completion_length,
+            num_micro_batches=num_pieces,
+        )
+        sampler = piece.sampling_logprobs.flatten(0, 1)
+        cap = config.loss.tis_cap
+        alpha = self.entropy.alpha(self.beta.beta)
+        loss, metrics = policy_objective(
+            flat,
+            old.flatten(0, 1),
+            piece.advantages.flatten(),
+            mask,
+            weights,
+            policy_loss=self.policy_loss,
+            ref_logprobs=None if piece.ref_logprobs is None else piece.ref_logprobs.flatten(0, 1),
+            kl_estimator=self.kl_estimator,
+            beta=self.beta.beta,
+            entropy=entropy.flatten(0, 1) if alpha else entropy.flatten(0, 1).detach(),
+            alpha=alpha,
+            sampler_weight=None if cap is None else sampler_weights(old.flatten(0, 1), sampler, mask, cap=cap),
+        )
+        return loss, metrics, logprobs.detach()
+
+    def _checked_norm(self, gradient: Gradient, sums: Mapping[str, float], step: int) -> float:
+        """Norm of the gradient, which is scaled to max_grad_norm in place. Raises before anything is updated."""
+        if not math.isfinite(sums["loss"]):
+            raise FloatingPointError(f"step {step + 1}: the loss is {sums['loss']}; nothing was updated. Lower learning_rate.")
+        for name, tensor in zip(self.parameters, gradient, strict=True):
+            if not torch.isfinite(tensor).all():
+                raise FloatingPointError(f"step {step + 1}: the gradient of {name} is not finite; nothing was updated. Lower learning_rate.")
+        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in gradient])))
+        limit = self.config.optimizer.max_grad_norm
+        if limit is not None and norm > limit:
+            for tensor in gradient:
+                tensor.mul_(limit / norm)
+        return norm
+
+    def _apply(self, gradient: Gradient, rate: float) -> None:
+        for parameter, tensor in zip(self.parameters.values(), gradient, strict=True):
+            parameter.grad = tensor.clone()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _shortened(self, batch: PolicyBatch, taken: Any, kl_step: float) -> bool:
+        """Take an update that went too far back, and try a half and a quarter of it; whether anything was taken back."""
+        verdict = self.limit.after_update(kl_step)
+        if verdict == "accept":
+            return False
+        snapshot, gradient, rate = taken
+        while verdict != "accept":
+            self._restore(snapshot)
+            if verdict == "reject":
+                break
+            self._apply(gradient, rate * self.limit.step_scale)
+            verdict = self.limit.after_update(self._measured_step_kl(batch))
+        return True
+
+    def _may_have_gone_far(self, kl_step: float, passes: int) -> bool:
+        """Whether the last update's distance is worth a forward pass. KL grows with the square of the way: n equal updates
+        after n - 1 that measured kl_step reach about kl_step (n / (n - 1))^2; one update alone is always measured."""
+        if not self.limit.active:
+            return False
+        return passes < 2 or kl_step * (passes / (passes - 1)) ** 2 > (self.config.kl.step_limit or math.inf)
+
+    @torch.no_grad()
+    def _measured_step_kl(self, batch: PolicyBatch) -> float:
+        total = 0.0
+        with self.model.role("policy"):
+            for piece in batch.split(self.config.batch_size):
+                assert piece.old_logprobs is not None
+                now, _ = completion_logprobs(self.model, piece, temperature=self.config.temperature)
+                mask = piece.completion_mask.flatten(0, 1)
+                total += float(step_kl(now.flatten(0, 1), piece.old_logprobs.flatten(0, 1), mask).sum())
+        return total / int(batch.completion_mask.sum())
+
+    def _metrics(self, batch: PolicyBatch, first: Mapping[str, float], last: Mapping[str, float]) -> dict[str, float]:
+        """Loss, KL and entropy of the on-policy first pass; clip shares of the last one. Moves the controllers on."""
+        tokens = first["tokens"]
+        assert batch.old_logprobs is not None
+        gap = (batch.old_logprobs - batch.sampling_logprobs).abs()[batch.completion_mask]
+        metrics = {
+            "loss": first["loss"],
+            "policy_loss": first["policy_loss"],
+            "entropy": first["entropy_sum"] / tokens,
+            "beta": self.beta.beta,
+            "alpha": self.entropy.alpha(self.beta.beta),
+            "clip_ratio/low_mean": last["clipped_low"] / tokens,
+            "clip_ratio/high_mean": last["clipped_high"] / tokens,
+            "sampling_gap": float(gap.max()),
+        }
+        if "kl_sum" in first:
+            metrics["kl"] = first["kl_sum"] / tokens
+            metrics["kl_sequence"] = first["kl_sum"] / first["completions"]
+            self.beta.update(metrics["kl"])
+        self.entropy.update(metrics["entropy"])
+        return metrics
+
+    def over_budget(self) -> bool:
+        """Whether the KL to the reference has been above twice its target for too long: training should stop."""
+        return self.beta.smoothed_kl is not None and self.hard_stop.update(self.beta.smoothed_kl)
+
+    def _snapshot(self) -> tuple[list[Tensor], dict[str, Any]]:
+        state = self.optimizer.state_dict()
+        copied = {index: {key: value.clone() for key, value in entry.items()} for index, entry in state["state"].items()}
+        return [p.detach().clone() for p in self.parameters.values()], {**state, "state": copied}
+
+    @torch.no_grad()
+    def _restore(self, snapshot: tuple[list[Tensor], dict[str, Any]]) -> None:
+        for parameter, value in zip(self.parameters.values(), snapshot[0], strict=True):
+            parameter.copy_(value)
+        # load_state_dict keeps the tensors it is given: a second retry must not find them changed by the first
+        copied = {index: {key: value.clone() for key, value in entry.items()} for index, entry in snapshot[1]["state"].items()}
+        self.optimizer.load_state_dict({**snapshot[1], "state": copied})
+
+    def _seed_dropout(self, step: int) -> None:
+        if self.config.lora.dropout:
+            # a function of (seed, step), so that a resumed run drops what the uninterrupted one dropped
+            torch.manual_seed(self.config.seed * 1_000_003 + step)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
+        """Adam's moments by parameter name, and the controllers' numbers: all a checkpoint needs to go on exactly."""
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{name}/{key}"] = value.detach().clone()
+        controllers = {"beta": self.beta, "hard_stop": self.hard_stop, "limit": self.limit, "entropy": self.entropy}
+        return tensors, {name: controller.state() for name, controller in controllers.items()}
+
+    def load(self, tensors: Mapping[str, Tensor], controllers: Mapping[str, Mapping[str, float]]) -> None:
+        """Continue from what state() gave."""
+        for name, parameter in self.parameters.items():
+            found = {key: value.clone() for full, value in tensors.items() if full.rpartition("/")[0] == name for key in [full.rpartition("/")[2]]}
+            if found:
+                self.optimizer.state[parameter] = found
+        for name, controller in {"beta": self.beta, "hard_stop": self.hard_stop, "limit": self.limit, "entropy": self.entropy}.items():
+            controller.load(controllers[name])
