@@ -79,7 +79,7 @@ def describe_columns(rows: Iterable[Any]) -> str:
 
 
 def _looks_like_hub_id(text: str) -> bool:
-    is_path = text.endswith(FORMATS) or Path(text.partition("/")[0]).is_dir()
+    is_path = text.endswith(FORMATS) or os.path.isdir(text.partition("/")[0])
     return _HUB_ID.fullmatch(text) is not None and not is_path
 
 
@@ -88,8 +88,8 @@ def _file_name(path: Path) -> str:
 
 
 def _checked_file(path: Path) -> Path:
-    if not os.path.exists(path):  # not path.exists(): that raises for names too long to be one
-        raise DataError(f"{str(path)[:200]}: no such file. {_nearest_files(path)}A Hub dataset is named owner/name.")
+    if not os.path.exists(path):  # Path.exists raises for names too long to be one
+        raise DataError(f"{str(path)[:200]}: no such file. {_nearest_files(path)}Check the path; a Hub dataset is named owner/name.")
     if path.is_dir():
         inside = _data_files(path)
         found = f"It holds {', '.join(inside[:5])}: give one of these." if inside else f"Give a file: {', '.join(FORMATS)}."

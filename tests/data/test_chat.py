@@ -33,14 +33,26 @@ def test_golden_ids_of_a_conversation(tokenizer):
 
 
 def test_turns_are_trimmed_as_gemma_trims_them(tokenizer):
-    assert chat.turn_ids(tokenizer, {"role": "user", "content": " \n Hi \n\n"}) == chat.turn_ids(tokenizer, {"role": "user", "content": "Hi"})
+    assert chat.turn_ids(tokenizer, {"role": "user", "content": " \n Hi \n\n"}) == chat.turn_ids(
+        tokenizer, {"role": "user", "content": "Hi"}
+    )
 
 
 def test_a_system_message_is_text_of_the_first_user_turn(tokenizer):
     with_system = [{"role": "system", "content": "Be brief. "}, {"role": "user", "content": "Hi"}]
     folded = [{"role": "user", "content": "Be brief.\n\nHi"}]
     assert chat.fold_system(with_system) == folded
-    assert chat.prompt_ids(tokenizer, with_system) == [2, 105, *plain("user\nBe brief."), 108, *plain("Hi"), 106, 107, 105, *plain("model\n")]
+    assert chat.prompt_ids(tokenizer, with_system) == [
+        2,
+        105,
+        *plain("user\nBe brief."),
+        108,
+        *plain("Hi"),
+        106,
+        107,
+        105,
+        *plain("model\n"),
+    ]
 
 
 def test_a_system_message_alone_is_an_error():
