@@ -16,7 +16,7 @@ from gemma_grpo.types import Completion, RolloutGroup
 _WORD = re.compile(r"\w+|[^\w\s]")
 _ROLE_LABEL = re.compile(r"\b(?:Human|Assistant):")
 _CONTROL_TOKEN = re.compile(r"<(?:bos|eos|pad|unk|mask|start_of_turn|end_of_turn|start_of_image|end_of_image|image_soft_token|unused\d+)>")
-_MARKDOWN_LINE = re.compile(r"^\s*(?:[-*+•]\s|\d+[.)]\s|#{1,6}\s|>\s|```|\|.*\|\s*$)|\*\*\S|__\S")
+_MARKDOWN_LINE = re.compile(r"^\s*(?:[-*+•]\s|\d+[.)]\s|#{1,6}\s|>\s|```|\|.*\|\s*$)|\*\*\S")
 _EMOJI = re.compile("[\u2600-\u27bf\u2b50\u2b55\U0001f1e6-\U0001f1ff\U0001f300-\U0001faff]")
 _APOSTROPHES = str.maketrans("’‘ʼ´`", "'''''")
 _REFUSAL = re.compile(
@@ -56,7 +56,7 @@ class RuleReward:
 
 def length(completion: Completion, max_completion_length: int) -> float:
     """-(tokens / max_completion_length), in [-1, 0]: brevity, whatever is said. With a negative weight: the length-only control run."""
-    return -min(1.0, len(completion.token_ids) / max_completion_length)
+    return 0.0 - min(1.0, len(completion.token_ids) / max_completion_length)  # not -min(...): -0.0 reads oddly in a log
 
 
 def overlong(completion: Completion, max_completion_length: int) -> float:
@@ -68,7 +68,7 @@ def overlong(completion: Completion, max_completion_length: int) -> float:
         return -1.0
     buffer = max(1, max_completion_length // 5)
     excess = len(completion.token_ids) - (max_completion_length - buffer)
-    return -min(1.0, max(0.0, excess / buffer))
+    return 0.0 - min(1.0, max(0.0, excess / buffer))
 
 
 def repetition(completion: Completion) -> float:
