@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -10,6 +11,9 @@ import typer
 
 from gemma_grpo.cli import data, demo, recipes, training
 from gemma_grpo.cli.errors import Exit, report
+
+_INTERRUPTED = 130
+"""What typer makes of a KeyboardInterrupt."""
 
 app = typer.Typer(
     name="gemma-grpo",
@@ -53,11 +57,19 @@ def run(arguments: Sequence[str]) -> int:
         code = app(args=words, prog_name="gemma-grpo", standalone_mode=False)
     except SystemExit as end:  # stdout was closed, such as by `| head`
         code = end.code
-    except (Exception, KeyboardInterrupt) as error:
+    except Exception as error:
         return report(error, debug=debug)
+    if code == _INTERRUPTED:
+        print("error: stopped.\n  What was written so far is in the run directory.", file=sys.stderr)
+        return Exit.STOPPED
     return code if isinstance(code, int) else Exit.OK
 
 
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
-    """The console script."""
+    """The console script. A termination is handled as Ctrl+C is: files are closed, and the exit code tells."""
+    signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(run(sys.argv[1:]))

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
-from gemma_grpo.cli.summary import evaluation_lines, reward_lines, time_line
+from gemma_grpo.cli.summary import evaluation_lines, read_calibration, reward_lines, time_line
 from gemma_grpo.cli.training import Overrides, update_line
 from gemma_grpo.config import load_recipe, parse_overrides
-
-Result = TypeVar("Result")
 
 
 def demo(
@@ -22,6 +19,7 @@ def demo(
     output_dir: Annotated[Path | None, typer.Option("--output-dir", help="Run directory; default runs/miniature-<number>.")] = None,
 ) -> None:
     """Take the whole road on a CPU with the tiny Gemma 3 that ships with the package: no account, no download."""
+    start = time.perf_counter()
     options: dict[str, Any] = {"seed": seed, **({"output_dir": str(output_dir)} if output_dir else {})}
     settings = options | parse_overrides(overrides or [], "miniature")
     print("A tiny Gemma 3 in a small world whose true score is known, but never shown to training.")
@@ -31,18 +29,9 @@ def demo(
     from gemma_grpo.monitor.report import write_report
     from gemma_grpo.monitor.terminal import ProgressView
 
-    seconds: dict[str, float] = {}
-    trainer = _timed(seconds, "loading", lambda: GRPOTrainer.from_recipe("miniature", settings, view=ProgressView()))
-    calibration = _timed(seconds, "reward adapter", trainer.train_reward)
-    _timed(seconds, "training", trainer.train)
-    evaluation = _timed(seconds, "evaluation", trainer.evaluate)
-    path = _timed(seconds, "report", lambda: write_report(trainer.run_dir))
-    lines = [*reward_lines(calibration), *evaluation_lines(evaluation), time_line(trainer.run_dir, seconds)]
+    trainer = GRPOTrainer.from_recipe("miniature", settings, view=ProgressView())
+    evaluation = trainer.train()
+    path = write_report(trainer.run_dir)
+    seconds = time.perf_counter() - start
+    lines = [*reward_lines(read_calibration(trainer.run_dir)), *evaluation_lines(evaluation), time_line(trainer.run_dir, seconds)]
     print("\n".join(["", *lines, f"report: {path}"]))
-
-
-def _timed(seconds: dict[str, float], name: str, stage: Callable[[], Result]) -> Result:
-    start = time.perf_counter()
-    result = stage()
-    seconds[name] = time.perf_counter() - start
-    return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,31 @@ _NAMES = {
     "length": "length in tokens",
     "kl": "KL to the model before, nat per token",
 }
+_REWARD_NAMES = {
+    "accuracy_against_gold": "against the true score",
+    "accuracy_zero_shot": "without training",
+    "longer_wins": "'the longer wins'",
+}
 _SHARES = ("refusal_benign", "refusal_harmful")
 _WIDTH = max(map(len, _NAMES.values()))
 
 
 def reward_lines(calibration: Mapping[str, Any]) -> list[str]:
     """How well the reward adapter tells the better reply, on pairs it was not trained on."""
-    lines = [_row("reward adapter", f"right on {_accuracy(calibration['accuracy'])} of held-out pairs")]
-    for key, name in (("accuracy_zero_shot", "without training"), ("longer_wins", "'the longer one' would be")):
+    if not calibration:
+        return []
+    lines = [_row("reward adapter", f"right on {_accuracy(calibration['accuracy'])}, held out")]
+    for key, name in _REWARD_NAMES.items():
         if calibration.get(key):
             lines.append(_row(f"  {name}", _accuracy(calibration[key])))
     return lines
+
+
+def read_calibration(run_dir: Path) -> dict[str, Any]:
+    """reward/calibration.json of a run; empty when it trained no reward adapter."""
+    path = run_dir / "reward" / "calibration.json"
+    loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return loaded
 
 
 def evaluation_lines(evaluation: Mapping[str, Any]) -> list[str]:
@@ -40,17 +54,18 @@ def evaluation_lines(evaluation: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def time_line(run_dir: Path, seconds: Mapping[str, float]) -> str:
-    """Where the time went: `seconds` by stage, training split into its phases by the run's own events."""
-    phases: Counter[str] = Counter()
-    events = run_dir / "events.jsonl"
-    if events.is_file():
-        with events.open(encoding="utf-8") as file:
-            for line in file:
-                phases.update(json.loads(line).get("seconds", {}) if '"step_time"' in line else {})
-    split = ", ".join(f"{name} {duration:.0f}" for name, duration in phases.most_common())
-    parts = [f"{name} {duration:.0f} s" + (f" ({split})" if name == "training" and split else "") for name, duration in seconds.items()]
-    return _row("time", f"{sum(seconds.values()):.0f} s: " + ", ".join(parts))
+def time_line(run_dir: Path, total: float) -> str:
+    """Where `total` seconds went, by the run's own events: stages, and the phases of all training steps together."""
+    spent: dict[str, float] = defaultdict(float)
+    with (run_dir / "events.jsonl").open(encoding="utf-8") as file:
+        for event in map(json.loads, file):
+            if event["kind"] == "phase" and "seconds" in event:
+                spent[event["name"]] += event["seconds"]
+            elif event["kind"] == "step_time":
+                for name, seconds in event["seconds"].items():
+                    spent[name] += seconds
+    spent["everything else"] = max(0.0, total - sum(spent.values()))
+    return _row("time", f"{total:.0f} s: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in spent.items()))
 
 
 def _row(name: str, text: str) -> str:

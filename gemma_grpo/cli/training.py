@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemma_grpo.cli.summary import evaluation_lines, reward_lines
-from gemma_grpo.config import GRPOConfig, load_recipe, parse_overrides
+from gemma_grpo.cli.summary import evaluation_lines, read_calibration, reward_lines
+from gemma_grpo.config import GRPOConfig, load_recipe, parse_overrides, printable
 
 if TYPE_CHECKING:
     from gemma_grpo.grpo.trainer import GRPOTrainer
@@ -26,17 +26,22 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir from its last checkpoint.")] = False,
 ) -> None:
     """Train a policy: the reward adapter first if there is none, then GRPO, then before and after on held-out prompts."""
-    trainer = _trainer(recipe, overrides, live=not dry_run)
+    trainer = _trainer(recipe, overrides)
     if dry_run:
-        print(json.dumps(trainer.dry_run(), indent=2, default=str))
+        print("\n".join(plan_lines(trainer.dry_run())))
         return
-    trainer.train(resume_from_checkpoint=True if resume else None)
-    _finish(trainer)
+
+    from gemma_grpo.monitor.report import write_report
+
+    evaluation = trainer.train(resume_from_checkpoint=True if resume else None)
+    path = write_report(trainer.run_dir)
+    print("\n".join(["", *reward_lines(read_calibration(trainer.run_dir)), *evaluation_lines(evaluation)]))
+    print(f"adapter: {trainer.run_dir / 'adapter'}\nreport:  {path}")
 
 
 def train_reward(recipe: Recipe, overrides: Overrides = None) -> None:
     """Train only the reward adapter on the preference pairs, and measure it on held-out ones."""
-    trainer = _trainer(recipe, overrides, live=True)
+    trainer = _trainer(recipe, overrides)
     calibration = trainer.train_reward()
     print("\n".join([*reward_lines(calibration), f"reward adapter: {trainer.run_dir / 'reward'}"]))
 
@@ -57,7 +62,7 @@ def report(run: Run) -> None:
     print(write_report(run))
 
 
-def _trainer(recipe: str, overrides: list[str] | None, *, live: bool) -> GRPOTrainer:
+def _trainer(recipe: str, overrides: list[str] | None) -> GRPOTrainer:
     """The trainer of a recipe, once the settings are known to be right: their errors must not wait for torch."""
     settings = parse_overrides(overrides or [], recipe)
     print(update_line(load_recipe(recipe, settings)), flush=True)
@@ -65,7 +70,7 @@ def _trainer(recipe: str, overrides: list[str] | None, *, live: bool) -> GRPOTra
     from gemma_grpo.grpo.trainer import GRPOTrainer
     from gemma_grpo.monitor.terminal import ProgressView
 
-    return GRPOTrainer.from_recipe(recipe, settings, view=ProgressView() if live else None)
+    return GRPOTrainer.from_recipe(recipe, settings, view=ProgressView())
 
 
 def update_line(config: GRPOConfig) -> str:
@@ -76,8 +81,11 @@ def update_line(config: GRPOConfig) -> str:
     )
 
 
-def _finish(trainer: GRPOTrainer) -> None:
-    from gemma_grpo.monitor.report import write_report
-
-    print(f"adapter: {trainer.run_dir / 'adapter'}")
-    print(f"report:  {write_report(trainer.run_dir)}")
+def plan_lines(plan: Mapping[str, Any]) -> list[str]:
+    """What a dry run found: steps, counts, rewards, and its first prompts as the model reads them."""
+    lines = [f"{plan['steps']} steps", *(f"{name}: {value}" for name, value in plan["counts"].items())]
+    lines.append("rewards: " + ", ".join(f"{name} x {weight:g}" for name, weight in plan["rewards"].items()))
+    for prompt in plan["prompts"]:
+        lines.append(f"prompt {prompt.prompt_id}, {len(prompt.token_ids)} tokens:")
+        lines += [f"  {message['role']}: {printable(message['content'])}" for message in prompt.messages]
+    return [*lines, "nothing was written"]
