@@ -23,7 +23,8 @@ _REFUSAL = re.compile(
     r"""
       \bI(?:\ can't|\ cannot|\ can\ not|\ couldn't|\ could\ not|\ won't|\ will\ not|\ shouldn't|\ am\ not\ going\ to|'m\ not\ going\ to)
         \ (?:(?:\w+ly|really|and\ won't|and\ will\ not)\ )?
-        (?:help|assist|provide|give|do\ (?:that|this|it)|answer|support|discuss|share|comply|advise|talk|go\ into|tell\ you\ (?:how\ to|about|that|this)|teach|encourage|condone
+        (?:help|assist|provide|give|do\ (?:that|this|it)|answer|support|discuss|share|comply|advise|talk
+          |go\ into|tell\ you\ (?:how\ to|about|that|this)|teach|encourage|condone
           |fulfill|engage|offer|write|create)\b
     | \bI(?:'m|\ am)\ (?:\w+ly\ |so\ )?(?:sorry|afraid),?\ (?:but\ )?(?:that\ )?I
         (?:\ can't|\ cannot|\ can\ not|\ won't|\ will\ not|\ couldn't|\ don't|'m\ not|\ am\ not|'m\ unable|\ am\ unable)\b

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from gemma_grpo.data.batch import PolicyBatch, pad_groups, pad_rollouts, pad_sequences, pad_values
+from gemma_grpo.data.batch import GroupBatch, PolicyBatch, pad_groups, pad_rollouts, pad_sequences, pad_values
 from gemma_grpo.types import Completion, Prompt, RolloutGroup
 
 PROMPTS = [[2, 11, 12], [2, 21]]
@@ -65,6 +67,17 @@ def test_a_wider_neighbour_changes_no_real_token_or_position():
     assert beside.completion_positions[1][real].tolist() == alone.completion_positions[0][alone.completion_mask[0]].tolist()
 
 
+def test_padding_on_the_left_moves_no_position_and_is_trimmed_too():
+    right = pad_groups(PROMPTS[:1], COMPLETIONS[:1])
+    left = GroupBatch(
+        torch.tensor([[0, 0, 2, 11, 12]]), torch.tensor([[False, False, True, True, True]]), right.completion_ids, right.completion_mask
+    )
+    assert left.prompt_positions[left.prompt_mask].tolist() == [0, 1, 2]
+    assert left.completion_positions.tolist() == right.completion_positions.tolist()
+    (piece,) = left.split(1)
+    assert piece.prompt_ids.tolist() == [[2, 11, 12]]
+
+
 def test_unequal_groups_are_refused_with_their_sizes():
     with pytest.raises(ValueError, match=r"sizes \[1, 2\]"):
         pad_groups(PROMPTS, [[[1]], [[1], [2]]])
@@ -95,6 +108,22 @@ def test_pieces_hold_whole_groups_in_order_trimmed_to_their_own_longest():
     assert second.ref_logprobs.tolist() == [[[-41.0, -106.0], [0.0, 0.0]]]
     assert second.advantages.tolist() == [[2.0, -2.0]]
     assert first.old_logprobs is None
+
+
+SEQUENCE = st.lists(st.integers(3, 9), max_size=5)
+
+
+@given(
+    st.lists(st.tuples(SEQUENCE.map(lambda ids: [2, *ids]), st.lists(SEQUENCE, min_size=3, max_size=3)), min_size=1, max_size=5),
+    st.integers(1, 5),
+)
+def test_a_piece_equals_the_batch_of_its_own_groups(groups, size):
+    prompts, completions = [prompt for prompt, _ in groups], [completion for _, completion in groups]
+    for number, piece in enumerate(pad_groups(prompts, completions).split(size)):
+        rows = slice(number * size, (number + 1) * size)
+        alone = pad_groups(prompts[rows], completions[rows])
+        for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "prompt_positions", "completion_positions"):
+            assert getattr(piece, name).tolist() == getattr(alone, name).tolist(), name
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
