@@ -1,0 +1,176 @@
+"""Numbers over steps as inline SVG, for the report, the page and the docs. The only module that imports matplotlib.
+
+Pure functions: the same numbers give the same bytes (no date, fixed ids), no pyplot state is touched. Text and axes take the
+page's own colour (currentColor), so a chart reads on light and on dark; lines use Okabe and Ito's colours, which colour-blind
+readers can part (jfly.uni-koeln.de/color).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+from typing import Any
+
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from gemma_grpo.monitor.escapes import visible
+
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+_COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
+_INK = "#010203"
+"""Placeholder that becomes currentColor."""
+_MAX_POINTS = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One line: y over x, and where given the band y - spread to y + spread. None and what is not finite leave a gap."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    spread: Sequence[float | None] | None = None
+
+
+def curve(
+    series: Sequence[Series], title: str, unit: str, *, x_label: str = "step", reference: float | None = None, width: float = 3.4
+) -> str:
+    """Lines over steps. Long, noisy series get a faint raw line under a bold running mean. `reference` is a dashed level.
+
+    `width` is in inches of the drawing's own scale; the page may show it at any size.
+    """
+    with _style(title):
+        figure, axes = _figure(width, 2.1)
+        for index, one in enumerate(series):
+            _draw(axes, one, _COLOURS[index % len(_COLOURS)])
+        if reference is not None:
+            axes.axhline(reference, color=_INK, alpha=0.55, linewidth=1, linestyle=(0, (4, 3)))
+        if len(series) > 1:
+            _label_ends(axes, series)
+        axes.set_ylabel(_plain(unit), parse_math=False)
+        axes.set_xlabel(_plain(x_label), parse_math=False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        return _svg(figure, title)
+
+
+def calibration_curve(points: Sequence[tuple[float, float, float]], title: str) -> str:
+    """Predicted against observed probability, points (predicted, observed, n): on the diagonal a prediction means what it says."""
+    kept = sorted(point for point in points if all(math.isfinite(value) for value in point))
+    most = max((n for _, _, n in kept), default=1) or 1
+    with _style(title):
+        figure, axes = _figure(3.4, 3.0)
+        axes.plot([0, 1], [0, 1], color=_INK, alpha=0.55, linewidth=1, linestyle=(0, (4, 3)))
+        axes.plot([p for p, _, _ in kept], [o for _, o, _ in kept], color=BLUE, linewidth=1.5)
+        axes.scatter([p for p, _, _ in kept], [o for _, o, _ in kept], s=[12 + 60 * n / most for _, _, n in kept], color=BLUE, linewidths=0)
+        axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal", xlabel="predicted", ylabel="observed")
+        return _svg(figure, title)
+
+
+def _style(title: str) -> AbstractContextManager[None]:
+    """matplotlib's defaults, whatever the user's own style, and text left as text; the title salts the ids, so charts never share one."""
+    changes: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9, "axes.unicode_minus": False}
+    return style.context(changes, after_reset=True)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    axes.tick_params(colors=_INK, labelcolor=_INK, width=0.6, length=3)
+    axes.xaxis.label.set_color(_INK)
+    axes.yaxis.label.set_color(_INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    for spine in axes.spines.values():
+        spine.set(color=_INK, alpha=0.5, linewidth=0.6)
+    axes.grid(axis="y", color=_INK, alpha=0.15, linewidth=0.6)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+    return figure, axes
+
+
+def _draw(axes: Axes, series: Series, colour: str) -> None:
+    x, y = [float(value) for value in series.x], [_number(value) for value in series.y]
+    if series.spread is not None:
+        half = [_number(value) for value in series.spread]
+        low, high = [a - b for a, b in zip(y, half, strict=True)], [a + b for a, b in zip(y, half, strict=True)]
+        axes.fill_between(_thin(x), _thin(low), _thin(high), color=colour, alpha=0.18, linewidth=0)
+    noisy = len(y) >= 25
+    marker = "o" if len(y) == 1 else None
+    axes.plot(_thin(x), _thin(y), color=colour, linewidth=0.8 if noisy else 1.6, alpha=0.35 if noisy else 1, marker=marker, markersize=4)
+    if noisy:
+        axes.plot(_thin(x), _thin(_running_mean(y, len(y) // 15)), color=colour, linewidth=1.8)
+
+
+def _label_ends(axes: Axes, series: Sequence[Series]) -> None:
+    """Names at the lines' ends, pushed apart: no legend to look up, and no colour needed to tell which is which."""
+    ends = []
+    for index, one in enumerate(series):
+        last = next((value for value in reversed([_number(value) for value in one.y]) if math.isfinite(value)), None)
+        if last is not None:
+            ends.append((last, one, _COLOURS[index % len(_COLOURS)]))
+    low, high = axes.get_ylim()
+    gap, floor = (high - low) * 0.11, -math.inf
+    for value, one, colour in sorted(ends, key=lambda end: end[0]):
+        height = max(value, floor)
+        floor = height + gap
+        right = max(one.x, default=0)
+        axes.annotate(
+            _plain(one.label), (right, height), xytext=(4, 0), textcoords="offset points", va="center", color=colour, parse_math=False,
+            annotation_clip=False,
+        )  # fmt: skip
+
+
+def _svg(figure: Figure, title: str) -> str:
+    buffer = io.StringIO()
+    FigureCanvasSVG(figure).print_figure(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return _inline(buffer.getvalue(), title)
+
+
+def _inline(document: str, title: str) -> str:
+    """The drawing without what only a file needs: XML header, metadata, page-wide style, repeated ids, fixed size."""
+    svg = document[document.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.S)
+    svg = re.sub(r'<style type="text/css">.*?</style>', "", svg, flags=re.S)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r"font-family: [^;]*;", "font-family: inherit;", svg)
+    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]).replace(" \n", " "), svg)
+    view_box = re.search(r'viewBox="[^"]*"', svg)
+    name = escape(_plain(title))
+    head = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {view_box[0] if view_box else ""} role="img" aria-label="{name}">'
+    svg = re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)
+    return svg.replace(_INK, "currentColor").strip()
+
+
+def _plain(text: str) -> str:
+    return visible(text).replace("\n", " ")
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
+
+
+def _running_mean(values: Sequence[float], half: int) -> list[float]:
+    means = []
+    for index in range(len(values)):
+        window = [value for value in values[max(0, index - half) : index + half + 1] if math.isfinite(value)]
+        means.append(sum(window) / len(window) if window else math.nan)
+    return means
+
+
+def _thin(values: Sequence[float]) -> list[float]:
+    """At most _MAX_POINTS values, each the mean of its neighbours: a long run must not make a heavy page."""
+    if len(values) <= _MAX_POINTS:
+        return list(values)
+    edges = [index * len(values) // _MAX_POINTS for index in range(_MAX_POINTS + 1)]
+    cells = [[value for value in values[low:high] if math.isfinite(value)] for low, high in pairwise(edges)]
+    return [sum(cell) / len(cell) if cell else math.nan for cell in cells]

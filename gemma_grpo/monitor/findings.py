@@ -1,0 +1,180 @@
+"""What evaluation.json says, in words and rows: the verdict, each metric before and after, each kind of request.
+
+Pure functions of the file's content; nothing is recomputed. A kind on which the reward rises while gold falls is named: there the
+policy learned the reward's mistake, and no average shows it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One metric before and after; `low` and `high` are the 95 % interval of the gain, None when too little was measured."""
+
+    before: float
+    after: float
+    gain: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @property
+    def sure(self) -> int:
+        """1 when the gain is above 0 beyond chance, -1 when below, 0 when the interval contains 0 or is unknown."""
+        if self.low is None or self.high is None:
+            return 0
+        return int(self.low > 0) - int(self.high < 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How a metric is written: decimals, unit, what it means, and whether more of it is better (0: neither)."""
+
+    title: str
+    digits: int
+    better: int
+    meaning: str
+    percent: bool = False
+
+
+STYLES = {
+    "gold": Style("gold", 2, 1, "exact score in [0, 1], never seen in training"),
+    "reward": Style("reward (proxy)", 2, 1, "what training maximised"),
+    "win_rate": Style("win rate", 0, 1, "against the untouched model; ties count half", percent=True),
+    "kl": Style("KL per token", 3, 0, "nat, to the untouched model"),
+    "kl_sequence": Style("KL per reply", 2, 0, "nat, to the untouched model"),
+    "length": Style("length", 1, 0, "tokens"),
+    "refusal_harmful": Style("refuses harmful requests", 0, 1, "share of replies", percent=True),
+    "refusal_benign": Style("refuses benign requests", 0, -1, "share of replies", percent=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The first sentence of the report. `tone` is good, bad or unclear."""
+
+    tone: str
+    headline: str
+    sentence: str
+    further: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class KindRow:
+    """One kind of request; `mark` says what is wrong with it, `alarming` whether reward and gold part."""
+
+    kind: str
+    n: int
+    gold: Measure | None
+    reward: Measure | None
+    win_rate: Measure | None
+    mark: str
+    alarming: bool
+
+
+def measure(data: Any) -> Measure | None:
+    """A metric of evaluation.json; None when it is missing, empty or not numbers."""
+    if not isinstance(data, Mapping):
+        return None
+    numbers = [_finite(data.get(name)) for name in ("before", "after", "gain")]
+    if any(number is None for number in numbers):
+        return None
+    before, after, gain = (number or 0.0 for number in numbers)
+    interval = data.get("interval")
+    ends = [_finite(end) for end in interval] if isinstance(interval, list) and len(interval) == 2 else [None, None]
+    count = _finite(data.get("n"))
+    return Measure(before, after, gain, ends[0], ends[1], int(count or 0))
+
+
+def show(value: float | None, style: Style, *, signed: bool = False) -> str:
+    """A number as this metric is written, "–" for none."""
+    if value is None:
+        return "–"
+    scaled = round(100 * value if style.percent else value, style.digits) + 0.0  # + 0.0: no "-0"
+    return f"{scaled:{'+' if signed else ''}.{style.digits}f}{' %' if style.percent else ''}"
+
+
+def show_interval(one: Measure, style: Style) -> str:
+    """[low, high] of the gain, or why there is none."""
+    if one.low is None or one.high is None:
+        return "no interval"
+    return f"[{show(one.low, style)}, {show(one.high, style)}]"
+
+
+def verdict(evaluation: Mapping[str, Any]) -> Verdict | None:
+    """Whether training helped, with its interval. None when there is no evaluation."""
+    gold, reward = measure(evaluation.get("gold")), measure(evaluation.get("reward"))
+    if gold:
+        words = {1: ("good", "Better."), -1: ("bad", "Worse."), 0: ("unclear", "No clear change.")}
+        tone, headline = words[gold.sure]
+        return Verdict(tone, headline, _sentence("Gold", gold, STYLES["gold"]), _further(evaluation))
+    if not reward:
+        return None
+    words = {1: ("unclear", "The reward rose."), -1: ("bad", "The reward fell."), 0: ("unclear", "No clear change.")}
+    tone, headline = words[reward.sure]
+    sentence = _sentence("Reward", reward, STYLES["reward"])
+    caution = (
+        "No independent score is known here: this is the reward that training maximised, so a rise alone is no proof of better replies."
+    )
+    return Verdict(tone, headline, sentence, [caution, *_further(evaluation)])
+
+
+def kind_rows(evaluation: Mapping[str, Any]) -> list[KindRow]:
+    """Each kind of request, those that need a look first."""
+    by_kind = evaluation.get("by_kind")
+    if not isinstance(by_kind, Mapping):
+        return []
+    rows = [_kind_row(str(kind), data) for kind, data in by_kind.items() if isinstance(data, Mapping)]
+    return sorted(rows, key=lambda row: (not row.alarming, not row.mark, row.gold.gain if row.gold else 0.0, row.kind))
+
+
+def _kind_row(kind: str, data: Mapping[str, Any]) -> KindRow:
+    gold, reward, win_rate = (measure(data.get(name)) for name in ("gold", "reward", "win_rate"))
+    alarming = bool(gold and reward and gold.gain < 0 < reward.gain)
+    fell = [name for name, one in (("gold", gold), ("reward", reward)) if one and one.gain < 0]
+    mark = "reward up, gold down: the reward is wrong here" if alarming else f"{' and '.join(fell)} fell" if fell else ""
+    worst = gold if gold and gold.gain < 0 else reward
+    if mark and worst and worst.sure >= 0:
+        mark += " (within chance)"
+    return KindRow(kind, int(_finite(data.get("n")) or 0), gold, reward, win_rate, mark, alarming)
+
+
+def _sentence(name: str, one: Measure, style: Style) -> str:
+    unsure = ", too few conversations for an interval" if one.low is None else f" {show_interval(one, style)}"
+    change = f"{show(one.before, style)} → {show(one.after, style)}"
+    return f"{name} {change}, gain {show(one.gain, style)}{unsure} on n = {one.n} held-out replies."
+
+
+def _further(evaluation: Mapping[str, Any]) -> list[str]:
+    known = {name: one for name in STYLES if (one := measure(evaluation.get(name)))}
+    lines = []
+    if win := known.get("win_rate"):
+        judge = evaluation["win_rate"].get("judge", "unknown")
+        style = STYLES["win_rate"]
+        ends = "" if win.low is None or win.high is None else f" [{show(0.5 + win.low, style)}, {show(0.5 + win.high, style)}]"
+        lines.append(f"Against the untouched model it wins {show(win.after, style)}{ends}, judged by {judge} in both orders.")
+    drift = [f"{STYLES[name].title} {show(known[name].after, STYLES[name])} nat" for name in ("kl", "kl_sequence") if name in known]
+    if length := known.get("length"):
+        drift.append(f"length {show(length.before, STYLES['length'])} → {show(length.after, STYLES['length'])} tokens")
+    if drift:
+        lines.append(f"{'; '.join(drift)}.")
+    refusals = [
+        f"{name.removeprefix('refusal_')} requests {show(known[name].before, STYLES[name])} → {show(known[name].after, STYLES[name])}"
+        for name in ("refusal_harmful", "refusal_benign")
+        if name in known
+    ]
+    if refusals:
+        lines.append(f"Refusals: {', '.join(refusals)}.")
+    wrong = [row.kind for row in kind_rows(evaluation) if row.alarming]
+    if wrong:
+        lines.append(f"Look at {', '.join(wrong)}: there the reward rose while gold fell.")
+    return lines
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None

@@ -1,0 +1,271 @@
+"""A run directory as one self-contained HTML file: no script, nothing fetched, and the same files give the same bytes.
+
+Arranges what run_files.py read and findings.py judged; the look is report.html.j2, the curves charts.py. Text of models and data is
+escaped by the template and stripped of control characters by the `text` filter.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from gemma_grpo.monitor import findings
+from gemma_grpo.monitor.charts import Series, calibration_curve, curve
+from gemma_grpo.monitor.escapes import visible
+from gemma_grpo.monitor.run_files import Record, RunFiles, read_run_files
+
+_TEMPLATE = Path(__file__).with_name("report.html.j2")
+_SHOWN_GROUPS = 3
+_TOLD_EVENTS = ("warn", "rollback", "error", "note")
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A curve with its caption. `svg` was made by charts.py, which escapes all text."""
+
+    title: str
+    caption: str
+    svg: Markup
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A metric worth a curve: what to call it, its unit and one sentence on how to read it."""
+
+    metric: str
+    title: str
+    unit: str
+    caption: str
+    spread: str = ""
+
+
+_PANELS = (
+    Panel("reward", "Reward", "reward", "Mean over completions; the band is one standard deviation.", spread="reward_std"),
+    Panel("kl", "KL to the reference", "nat / token", "How far the policy has moved from the untouched model."),
+    Panel("entropy", "Entropy", "nat / token", "Falling fast means the policy stops exploring."),
+    Panel("completions/mean_length", "Length", "tokens", "A rise towards the limit is a usual sign of reward hacking."),
+    Panel("completions/clipped_ratio", "Cut off", "share", "Completions that reached the length limit."),
+    Panel("beta", "Beta", "1 / nat", "Weight of the KL penalty; the controller moves it."),
+    Panel("frac_reward_zero_std", "Groups without a signal", "share", "All completions scored the same: nothing to learn from them."),
+    Panel("kl_step", "KL of one step", "nat / token", "To the policy that sampled; above the step limit an update is rolled back."),
+    Panel("sampling_gap", "Sampler against trainer", "nat", "Largest difference of their log-probabilities; should be near zero."),
+    Panel("grad_norm", "Gradient norm", "", "Before clipping."),
+    Panel("loss", "Loss", "", "Near zero by construction; it says nothing about progress. Watch the reward."),
+)
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write report.html into the run directory and return its path. What is missing there is said in the report.
+
+    Raises ValueError when the path is no run directory, OSError when the file cannot be written.
+    """
+    target = Path(run_dir) / "report.html"
+    html = render_report(read_run_files(run_dir))
+    temporary = target.with_name(".report.html.tmp")
+    try:
+        temporary.write_text(html, encoding="utf-8", newline="\n")
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def render_report(files: RunFiles) -> str:
+    """The page as text."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"text": _text, "number": _number, "when": _when, "duration": _duration, "share": _share}
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(_context(files))
+
+
+def _context(files: RunFiles) -> dict[str, Any]:
+    calibration = files.calibration
+    return {
+        "files": files,
+        "verdict": findings.verdict(files.evaluation),
+        "measures": _measures(files.evaluation),
+        "kinds": findings.kind_rows(files.evaluation),
+        "strip": _strip(files.evaluation),
+        "styles": findings.STYLES,
+        "show": findings.show,
+        "show_interval": findings.show_interval,
+        "accuracies": _accuracies(calibration),
+        "calibration_chart": _calibration_chart(calibration),
+        "curves": _curves(files.metrics),
+        "phases": _phases(files),
+        "groups": [*map(_group, _widest(files.last_groups)), *map(_group, _widest(files.first_groups)[:1] if _many_steps(files) else ())],
+        "samples": _records(files.evaluation.get("samples")),
+        "told": [event for event in files.events if event.get("kind") in _TOLD_EVENTS][-40:],
+        "data": _flat(files.run.get("data")),
+        "versions": _flat(files.run.get("versions")),
+    }
+
+
+def _measures(evaluation: Record) -> list[tuple[findings.Style, findings.Measure, str]]:
+    """Style, numbers, and good, bad or empty for each metric that was measured."""
+    rows = []
+    for name, style in findings.STYLES.items():
+        one = findings.measure(evaluation.get(name))
+        if one:
+            rows.append((style, one, {1: "good", -1: "bad"}.get(one.sure * style.better, "")))
+    return rows
+
+
+def _strip(evaluation: Record) -> Any:
+    """Maps a gain and its interval to positions 0 to 100 on a strip whose middle is 0, the same for all kinds."""
+    rows = findings.kind_rows(evaluation)
+
+    def place(one: findings.Measure, which: str) -> tuple[float, float, float]:
+        peers = [getattr(row, which) for row in rows]
+        widest = max((abs(end) for peer in peers if peer for end in (peer.gain, peer.low or 0.0, peer.high or 0.0)), default=0.0) or 1.0
+        low, high = (one.gain if end is None else end for end in (one.low, one.high))
+        return round(50 + 48 * low / widest, 1), round(50 + 48 * one.gain / widest, 1), round(50 + 48 * high / widest, 1)
+
+    return place
+
+
+def _accuracies(calibration: Record) -> list[tuple[str, float, str, str]]:
+    """Name, share, interval and number of pairs for each accuracy of the reward adapter."""
+    named = [("reward adapter", "accuracy"), ("before training (zero-shot)", "accuracy_zero_shot"), ("longer reply wins", "longer_wins")]
+    named += [("reward adapter, replies of closest length", "closest_length_quarter")]
+    entries = [(title, calibration.get(key)) for title, key in named]
+    for group in ("by_source", "by_kind"):
+        parts = calibration.get(group)
+        entries += [(f"reward adapter, {name}", part) for name, part in parts.items()] if isinstance(parts, Mapping) else []
+    rows = []
+    for title, entry in entries:
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("value"), (int, float)):
+            continue
+        interval = entry.get("interval")
+        shown = f"[{_share(interval[0])}, {_share(interval[1])}]" if isinstance(interval, list) and len(interval) == 2 else "–"
+        rows.append((title, float(entry["value"]), shown, _number(entry.get("n"))))
+    return rows
+
+
+def _calibration_chart(calibration: Record) -> Chart | None:
+    points = []
+    for point in _records(calibration.get("calibration")):
+        predicted, observed, n = (_real(point.get(key)) for key in ("predicted", "observed", "n"))
+        if predicted is not None and observed is not None:
+            points.append((predicted, observed, n or 0.0))
+    if not points:
+        return None
+    title = "Calibration on held-out pairs"
+    return Chart(title, "On the dashed line a probability means what it says.", Markup(calibration_curve(points, title)))
+
+
+def _curves(metrics: Sequence[Record]) -> list[Chart]:
+    steps = [float(line["step"]) for line in metrics if isinstance(line.get("step"), (int, float))]
+    lines = [line for line in metrics if isinstance(line.get("step"), (int, float))]
+    parts = sorted({name for line in lines for name in line if name.startswith("rewards/") and name.endswith("/mean")})
+    panels = list(_PANELS)
+    if len(parts) > 1:
+        panels[1:1] = [
+            Panel(name, f"Reward part: {name[8:-5]}", "reward", "Raw value before weighting.", name[:-4] + "std") for name in parts
+        ]
+    charts = []
+    for panel in panels:
+        values = [_real(line.get(panel.metric)) for line in lines]
+        if all(value is None for value in values):
+            continue
+        spread = [_real(line.get(panel.spread)) for line in lines] if panel.spread and any(panel.spread in line for line in lines) else None
+        svg = curve([Series(panel.title, steps, values, spread)], panel.title, panel.unit)
+        charts.append(Chart(panel.title, panel.caption, Markup(svg)))
+    return charts
+
+
+def _phases(files: RunFiles) -> list[tuple[str, float]]:
+    """Seconds by phase: of all training steps, and what the whole run took besides."""
+    sums: dict[str, float] = {}
+    for event in files.events:
+        seconds = event.get("seconds")
+        if event.get("kind") == "step_time" and isinstance(seconds, Mapping):
+            for name, value in seconds.items():
+                sums[str(name)] = sums.get(str(name), 0.0) + (_real(value) or 0.0)
+    evaluation = _real(files.evaluation.get("seconds")) or 0.0
+    if evaluation:
+        sums["evaluation"] = evaluation
+    started, ended = _real(files.run.get("started")), _real(files.run.get("ended"))
+    if started is not None and ended is not None and ended - started > sum(sums.values()):
+        sums["reward adapter, loading and the rest"] = ended - started - sum(sums.values())
+    return list(sums.items())
+
+
+def _many_steps(files: RunFiles) -> bool:
+    return bool(files.first_groups and files.last_groups and files.first_groups[0].get("step") != files.last_groups[0].get("step"))
+
+
+def _widest(groups: Sequence[Record]) -> list[Record]:
+    """The groups whose rewards differ most: the ones a step learns from."""
+
+    def spread(group: Record) -> float:
+        rewards = [value for one in _records(group.get("completions")) if (value := _real(one.get("reward"))) is not None]
+        return max(rewards) - min(rewards) if rewards else 0.0
+
+    return sorted(groups, key=spread, reverse=True)[:_SHOWN_GROUPS]
+
+
+def _group(line: Record) -> dict[str, Any]:
+    """A line of samples.jsonl with its completions from best to worst."""
+    completions = [dict(one) for one in _records(line.get("completions"))]
+    completions.sort(key=lambda one: -math.inf if (value := _real(one.get("reward"))) is None else value, reverse=True)
+    return {**line, "prompt": _records(line.get("prompt")), "completions": completions}
+
+
+def _records(value: Any) -> list[Record]:
+    return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """A nested mapping as rows "dropped / empty_final_reply": 3."""
+    if not isinstance(value, Mapping):
+        return []
+    rows: list[tuple[str, Any]] = []
+    for key, item in value.items():
+        rows += _flat(item, f"{prefix}{key} / ") if isinstance(item, Mapping) else [(f"{prefix}{key}", item)]
+    return rows
+
+
+def _real(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _text(value: Any) -> str:
+    return visible("" if value is None else str(value))
+
+
+def _number(value: Any) -> str:
+    """Whole numbers with thin spaces between thousands, others to four digits."""
+    real = _real(value)
+    if real is None:
+        return "–"
+    return f"{int(real):,}".replace(",", "\u202f") if real == int(real) else f"{real:.4g}"
+
+
+def _share(value: Any) -> str:
+    real = _real(value)
+    return "–" if real is None else f"{100 * real:.1f} %"
+
+
+def _when(value: Any) -> str:
+    real = _real(value)
+    if real is None:
+        return _text(value) or "–"
+    try:
+        return datetime.fromtimestamp(real, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (OverflowError, ValueError, OSError):
+        return "–"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,110 @@
+"""Reads a run directory for showing it. Never writes, and never fails on one damaged file: what could not be read is told.
+
+The files' schemas are events.py's and evaluation.py's; values are checked where they are shown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Record = Mapping[str, Any]
+_KEPT_GROUPS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """What a run directory holds; empty values for what is missing."""
+
+    name: str
+    recipe: str
+    run: Record
+    metrics: list[Record]
+    first_groups: list[Record]
+    """The first groups of samples.jsonl, all of the first step."""
+    last_groups: list[Record]
+    """The last groups of samples.jsonl, all of the last step."""
+    events: list[Record]
+    evaluation: Record
+    calibration: Record
+    problems: list[str]
+    """One sentence for each file that is missing or damaged."""
+
+
+def read_run_files(path: str | Path) -> RunFiles:
+    """Everything the report shows. Raises ValueError when the path is no run directory at all."""
+    path = Path(path)
+    if not any((path / name).is_file() for name in ("recipe.yaml", "run.json", "metrics.jsonl", "evaluation.json")):
+        raise ValueError(f"{path} is not a run directory: it holds no recipe.yaml and no metrics.jsonl. Name one such as runs/miniature-1.")
+    problems: list[str] = []
+    first, last = _groups(path / "samples.jsonl", problems)
+    return RunFiles(
+        name=path.resolve().name,
+        recipe=_text(path / "recipe.yaml", problems),
+        run=_object(path / "run.json", problems),
+        metrics=list(_lines(path / "metrics.jsonl", problems)),
+        first_groups=first,
+        last_groups=last,
+        events=list(_lines(path / "events.jsonl", problems)),
+        evaluation=_object(path / "evaluation.json", problems),
+        calibration=_object(path / "reward" / "calibration.json", problems),
+        problems=problems,
+    )
+
+
+def _text(path: Path, problems: list[str]) -> str:
+    if not path.is_file():
+        problems.append(f"{path.name} is missing.")
+        return ""
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _object(path: Path, problems: list[str]) -> Record:
+    text = _text(path, problems)
+    if not text:
+        return {}
+    data = _parse(text)
+    if not isinstance(data, dict):
+        problems.append(f"{path.name} is damaged: it is not a JSON object.")
+        return {}
+    return data
+
+
+def _lines(path: Path, problems: list[str]) -> Iterator[Record]:
+    """The objects of a log, line by line; a line that is none is counted, a torn last one (a run still writing) is passed over."""
+    if not path.is_file():
+        problems.append(f"{path.name} is missing.")
+        return
+    damaged = 0
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as log:
+        for line in log:
+            data = _parse(line)
+            if isinstance(data, dict):
+                yield data
+            else:
+                damaged += line.endswith("\n")
+    if damaged:
+        problems.append(f"{path.name}: {damaged} damaged lines left out.")
+
+
+def _groups(path: Path, problems: list[str]) -> tuple[list[Record], list[Record]]:
+    """Groups of the first and of the last step, without holding a long log in memory."""
+    first: list[Record] = []
+    last: deque[Record] = deque(maxlen=_KEPT_GROUPS)
+    for line in _lines(path, problems):
+        if len(first) < _KEPT_GROUPS and (not first or line.get("step") == first[0].get("step")):
+            first.append(line)
+        last.append(line)
+    return first, [line for line in last if line.get("step") == last[-1].get("step")]
+
+
+def _parse(text: str) -> Any:
+    try:
+        # NaN and Infinity are not JSON; a file that holds them was not written by events.py
+        return json.loads(text, parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+        return None
