@@ -219,6 +219,8 @@ class GRPOConfig(Stage):
     def _limits_agree(self) -> GRPOConfig:
         if self.kl.beta_min > self.kl.beta_max:
             raise ValueError(f"kl.beta_min is {self.kl.beta_min}, above kl.beta_max {self.kl.beta_max}. Lower kl.beta_min.")
+        if self.advantage.aggregation == "gdpo" and self.kl.placement == "reward":
+            raise ValueError("advantage.aggregation=gdpo normalises each reward by itself, so KL cannot be one. Use kl.placement=loss.")
         if self.reward is not None and not self.reward:
             raise ValueError("reward names no reward. Leave it out for the trained generative reward, or name one.")
         return self

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -42,13 +42,15 @@ class GroupBatch:
 
     def to(self: Batch, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
+        moved: dict[str, Any] = {f.name: _moved(getattr(self, f.name), device) for f in fields(self)}
+        return replace(self, **moved)
 
     def split(self: Batch, prompts_per_piece: int) -> Iterator[Batch]:
         """Pieces of whole groups, in order, each trimmed to its own longest prompt and completion."""
         for start in range(0, len(self.prompt_ids), prompts_per_piece):
             rows = slice(start, start + prompts_per_piece)
-            yield _trimmed(replace(self, **{f.name: _sliced(getattr(self, f.name), rows) for f in fields(self)}))
+            sliced: dict[str, Any] = {f.name: _sliced(getattr(self, f.name), rows) for f in fields(self)}
+            yield _trimmed(replace(self, **sliced))
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def _trimmed(batch: Batch) -> Batch:
     real = {"prompt": batch.prompt_mask.any(0), "completion": batch.completion_mask.any(0).any(0)}
     start = {"prompt": int(real["prompt"].long().argmax()), "completion": 0}
     stop = {name: max(1, int(columns.nonzero().max()) + 1 if columns.any() else 1) for name, columns in real.items()}
-    cut = {}
+    cut: dict[str, Any] = {}
     for f in fields(batch):
         value = getattr(batch, f.name)
         if value is not None and f.name != "advantages":

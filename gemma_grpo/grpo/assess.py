@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -16,7 +16,7 @@ from gemma_grpo.data.batch import pad_rollouts
 from gemma_grpo.data.prompts import EncodedPair
 from gemma_grpo.evaluation import EvaluatedReply, summarise
 from gemma_grpo.grpo.setup import Gold
-from gemma_grpo.grpo.step import role_logprobs
+from gemma_grpo.grpo.step import role_logprobs, sampling_params
 from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.reward.base import RewardStack
 from gemma_grpo.reward.generative import GenerativeReward, Judge, Progress, score_pairs, train_reward_adapter
@@ -27,6 +27,7 @@ from gemma_grpo.types import Prompt, RolloutGroup
 REFERENCE_PROMPTS = 64
 EVALUATION_STEP = -1
 """Sampling counter of the evaluation: no training step draws the same numbers."""
+_ROLES: tuple[Literal["reference"], Literal["policy"]] = ("reference", "policy")
 
 
 def train_and_measure_reward(
@@ -57,8 +58,15 @@ def train_and_measure_reward(
 
 def reference_rewards(model: Gemma, engine: RolloutEngine, prompts: Sequence[Prompt], config: GRPOConfig) -> dict[str, float | None]:
     """Mean and std of the trained judge's reward on the reference policy's own samples, not on dataset replies."""
-    groups = sample_in_chunks(engine, prompts, _evaluation_sampling(config, "reference", 1), config.completions_per_step)
-    values = [value for row in GenerativeReward(model, prompts_per_pass=config.prompts_per_step).score(groups) for value in row if value is not None]
+    groups = sample_in_chunks(
+        engine, prompts, sampling_params(config, EVALUATION_STEP, role="reference", num_generations=1), config.completions_per_step
+    )
+    values = [
+        value
+        for row in GenerativeReward(model, prompts_per_pass=config.prompts_per_step).score(groups)
+        for value in row
+        if value is not None
+    ]
     return {
         "reference_mean": statistics.fmean(values) if values else None,
         "reference_std": statistics.pstdev(values) if values else None,
@@ -72,10 +80,7 @@ def evaluate_policy(
     chosen = prompts[: config.evaluation.num_prompts]
     if not chosen:
         return {}
-    before, after = (
-        sample_in_chunks(engine, chosen, _evaluation_sampling(config, role, config.evaluation.num_completions), config.completions_per_step)
-        for role in ("reference", "policy")
-    )
+    before, after = (_evaluation_samples(engine, chosen, config, role) for role in _ROLES)
     kl = _sequence_kl(model, after, config)
     scores = [rewards.score(groups).rewards for groups in (before, after)]
     replies, skipped = [], 0
@@ -86,8 +91,8 @@ def evaluate_policy(
                 skipped += 1
                 continue
             pair = before[n].completions[g], after[n].completions[g]
-            golds = (None, None) if gold is None else tuple(gold(prompt, completion.text) for completion in pair)
-            replies.append(EvaluatedReply(prompt, *pair, first, second, *golds, kl=kl[n][g]))
+            golds = [None if gold is None else gold(prompt, completion.text) for completion in pair]
+            replies.append(EvaluatedReply(prompt, *pair, first, second, golds[0], golds[1], kl[n][g]))
     return {**summarise(replies, seed=config.seed), "unscored": skipped} if replies else {"unscored": skipped}
 
 
@@ -97,17 +102,11 @@ def sample_in_chunks(engine: RolloutEngine, prompts: Sequence[Prompt], params: S
     return [group for start in range(0, len(prompts), size) for group in engine.sample(prompts[start : start + size], params)]
 
 
-def _evaluation_sampling(config: GRPOConfig, role: Any, num_generations: int) -> SamplingParams:
-    return SamplingParams(
-        num_generations=num_generations,
-        max_completion_length=config.max_completion_length,
-        temperature=config.temperature,
-        top_k=config.sampling.top_k,
-        top_p=config.sampling.top_p,
-        seed=config.seed,
-        step=EVALUATION_STEP,
-        role=role,
-    )
+def _evaluation_samples(
+    engine: RolloutEngine, prompts: Sequence[Prompt], config: GRPOConfig, role: Literal["policy", "reference"]
+) -> list[RolloutGroup]:
+    params = sampling_params(config, EVALUATION_STEP, role=role, num_generations=config.evaluation.num_completions)
+    return sample_in_chunks(engine, prompts, params, config.completions_per_step)
 
 
 def _sequence_kl(model: Gemma, groups: Sequence[RolloutGroup], config: GRPOConfig) -> list[list[float]]:

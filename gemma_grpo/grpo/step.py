@@ -1,9 +1,12 @@
-"""The pieces of one training step between rollout and update: reference pass, advantages, metrics."""
+"""One training step: rollout, reward, reference pass, advantages, update, metrics. The trainer's loop repeats it."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -14,10 +17,59 @@ from gemma_grpo.config import GRPOConfig
 from gemma_grpo.data.batch import GroupBatch, PolicyBatch, pad_rollouts, pad_values
 from gemma_grpo.grpo.advantages import BASELINES, SCALES, flat_group_fraction, gdpo_advantages, group_advantages
 from gemma_grpo.grpo.loss import kl_reward_penalty
+from gemma_grpo.grpo.update import PolicyUpdater
 from gemma_grpo.model.gemma import Gemma, ModelRole
 from gemma_grpo.model.logprobs import completion_logprobs
-from gemma_grpo.reward.base import StackScores
-from gemma_grpo.types import RolloutGroup, ScoredGroup
+from gemma_grpo.reward.base import RewardStack, StackScores
+from gemma_grpo.rollout.engine import RolloutEngine, SamplingParams
+from gemma_grpo.types import Prompt, RolloutGroup, ScoredGroup, StepRecord
+
+
+class Stepper:
+    """What a step needs, put together once; the only state is the updater's and a token count."""
+
+    def __init__(
+        self,
+        model: Gemma,
+        engine: RolloutEngine,
+        rewards: RewardStack,
+        updater: PolicyUpdater,
+        config: GRPOConfig,
+    ) -> None:
+        self.model, self.engine, self.rewards, self.updater, self.config = model, engine, rewards, updater, config
+        self.num_tokens = 0
+        """Completion tokens learned from so far."""
+
+    def train_step(self, prompts: Sequence[Prompt], step: int) -> tuple[StepRecord, list[ScoredGroup]]:
+        """Sample, score and learn from one rollout batch; `step` counts from 0."""
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "rollout"):
+            groups = self.engine.sample(prompts, sampling_params(self.config, step))  # one prefill per prompt
+        with _timed(seconds, "reward"):
+            scores = self.rewards.score(groups)
+        with _timed(seconds, "reference"):
+            batch = policy_batch(self.model, groups, scores, self.rewards.weights, self.config, self.updater.beta.beta)
+        with _timed(seconds, "update"):
+            metrics = self.updater.update(batch, step)  # planning_steps x micro-batches
+        self.num_tokens += int(batch.completion_mask.sum())
+        measured = {**reward_metrics(scores), **length_metrics(groups), **metrics, "num_tokens": float(self.num_tokens)}
+        return StepRecord(step + 1, seconds, measured), scored_groups(groups, scores, batch.advantages)
+
+
+def sampling_params(
+    config: GRPOConfig, step: int, *, role: Literal["policy", "reference"] = "policy", num_generations: int | None = None
+) -> SamplingParams:
+    """How a run samples, in training and in evaluation alike."""
+    return SamplingParams(
+        num_generations=num_generations or config.num_generations,
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        top_k=config.sampling.top_k,
+        top_p=config.sampling.top_p,
+        seed=config.seed,
+        step=step,
+        role=role,
+    )
 
 
 @torch.no_grad()
@@ -115,3 +167,10 @@ def length_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": statistics.fmean(completion.finish == "length" for completion in completions),
     }
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - started

@@ -20,14 +20,13 @@ from gemma_grpo.data.prompts import order
 from gemma_grpo.data.sources import DataError
 from gemma_grpo.grpo.assess import evaluate_policy, train_and_measure_reward
 from gemma_grpo.grpo.setup import TRAINED, build_reward_stack, build_training_data, gold_margin, known_gold, load_rows, reward_weights
-from gemma_grpo.grpo.step import length_metrics, policy_batch, reward_metrics, scored_groups
+from gemma_grpo.grpo.step import Stepper
 from gemma_grpo.grpo.update import PolicyUpdater
 from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.monitor.events import RunDirectory, next_run_path
 from gemma_grpo.monitor.terminal import ProgressView
-from gemma_grpo.rollout.engine import SamplingParams
 from gemma_grpo.rollout.local import LocalEngine
-from gemma_grpo.types import Prompt, ScoredGroup, StepRecord
+from gemma_grpo.types import Prompt, StepRecord
 
 GIVEN_ROWS = "rows given in Python"
 
@@ -40,11 +39,15 @@ class GRPOTrainer:
     ConfigError at once, all of them together.
     """
 
-    def __init__(self, model_name: str | None = None, dataset: Any = None, reward: Any = None, *, view: Any = None, **settings: Any) -> None:
-        named = {"model_name": model_name, "dataset": dataset if isinstance(dataset, str | None) else GIVEN_ROWS}
+    def __init__(
+        self, model_name: str | None = None, dataset: Any = None, reward: Any = None, *, view: Any = None, **settings: Any
+    ) -> None:
+        named: dict[str, Any] = {"model_name": model_name, "dataset": dataset if isinstance(dataset, str | None) else GIVEN_ROWS}
         named["reward"] = reward if isinstance(reward, Mapping) else {reward: 1.0} if isinstance(reward, str) else None
         given = {name: value for name, value in named.items() if value is not None}
-        self._set_up(build_config({**settings, **given}), dataset if dataset is not None else None, reward if callable(reward) else None, view)
+        self._set_up(
+            build_config({**settings, **given}), dataset if dataset is not None else None, reward if callable(reward) else None, view
+        )
 
     @classmethod
     def from_recipe(cls, path: str | Path, overrides: Mapping[str, Any] | None = None, *, view: Any = None, **settings: Any) -> GRPOTrainer:
@@ -62,6 +65,7 @@ class GRPOTrainer:
         trainer._prepare()
         trainer.model.load_adapter("policy", run.adapter)
         trainer._load_reward()
+        trainer._build_rewards()
         return trainer
 
     def _set_up(self, config: GRPOConfig, dataset: Any, reward: Any, view: Any) -> None:
@@ -71,8 +75,8 @@ class GRPOTrainer:
         self._function = reward
         self.weights = reward_weights(reward, config)
         self._run: RunDirectory | None = None
+        self._calibration: dict[str, Any] = {}
         self.step = 0
-        self.num_tokens = 0
 
     # ---- what a user calls
 
@@ -84,10 +88,11 @@ class GRPOTrainer:
         with self._running(resume=bool(resume_from_checkpoint)):
             if resume_from_checkpoint:
                 self._load_reward()
-                self._resume()
             elif TRAINED in self.weights:
                 self._train_reward()
             self._build_rewards()
+            if resume_from_checkpoint:
+                self._resume()
             self._loop()
             self.save_model(self.run.adapter)
             return self.evaluate()
@@ -131,39 +136,10 @@ class GRPOTrainer:
         """Folder of the run."""
         return self.run.path
 
-    # ---- one step
-
-    def train_step(self, prompts: Sequence[Prompt]) -> tuple[StepRecord, list[ScoredGroup]]:
-        """Sample, score and learn from one rollout batch."""
-        seconds: dict[str, float] = {}
-        with _timed(seconds, "rollout"):
-            groups = self.engine.sample(prompts, self._sampling())  # one prefill per prompt
-        with _timed(seconds, "reward"):
-            scores = self.rewards.score(groups)
-        with _timed(seconds, "reference"):
-            batch = policy_batch(self.model, groups, scores, self.weights, self.config, self.updater.beta.beta)
-        with _timed(seconds, "update"):
-            metrics = self.updater.update(batch, self.step)  # planning_steps x micro-batches
-        self.num_tokens += int(batch.completion_mask.sum())
-        measured = {**reward_metrics(scores), **length_metrics(groups), **metrics, "num_tokens": float(self.num_tokens)}
-        return StepRecord(self.step + 1, seconds, measured), scored_groups(groups, scores, batch.advantages)
-
-    def _sampling(self) -> SamplingParams:
-        config = self.config
-        return SamplingParams(
-            num_generations=config.num_generations,
-            max_completion_length=config.max_completion_length,
-            temperature=config.temperature,
-            top_k=config.sampling.top_k,
-            top_p=config.sampling.top_p,
-            seed=config.seed,
-            step=self.step,
-        )
-
     def _loop(self) -> None:
         self.view.phase("training", self._product())
         while self.step < self.total_steps:
-            record, scored = self.train_step(self._prompts_of_step(self.step))
+            record, scored = self.stepper.train_step(self._prompts_of_step(self.step), self.step)
             self.step += 1
             self.run.append_metrics(record)
             self.run.append_samples(record.step, scored)
@@ -249,7 +225,9 @@ class GRPOTrainer:
         self.engine = LocalEngine(self.model)
         self.data = build_training_data(rows, self.model, config)
         self.steps_per_epoch = math.ceil(len(self.data.prompts) / config.prompts_per_step)
-        self.total_steps = min(math.ceil(config.epochs * self.steps_per_epoch), config.max_steps or math.inf)  # type: ignore[type-var]
+        self.total_steps = math.ceil(config.epochs * self.steps_per_epoch)
+        if config.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.max_steps)
         self.updater = PolicyUpdater(self.model, config, self.total_steps)
         self._check_reward_can_be_had()
 
@@ -309,12 +287,13 @@ class GRPOTrainer:
         self._calibration = json.loads(path.read_text(encoding="utf-8"))
 
     def _build_rewards(self) -> None:
-        mean = getattr(self, "_calibration", {}).get("reference_mean") or 0.0
+        mean = self._calibration.get("reference_mean") or 0.0
         self.rewards = build_reward_stack(self._function, self.weights, self.model, self.config, mean)
+        self.stepper = Stepper(self.model, self.engine, self.rewards, self.updater, self.config)
 
     def _save_checkpoint(self) -> None:
         tensors, controllers = self.updater.state()
-        state = {"controllers": controllers, "num_tokens": self.num_tokens, "offsets": self.run.offsets()}
+        state = {"controllers": controllers, "num_tokens": self.stepper.num_tokens, "offsets": self.run.offsets()}
         path = save_checkpoint(
             self.run.checkpoints,
             self.step,
@@ -331,12 +310,7 @@ class GRPOTrainer:
         self.model.load_adapter("policy", checkpoint.policy)
         self.updater.load(checkpoint.optimizer, checkpoint.state["controllers"])
         self.run.truncate(checkpoint.state["offsets"])
-        self.step, self.num_tokens = checkpoint.step, checkpoint.state["num_tokens"]
-        self.view.note(f"resumed {checkpoint.path.name}: adapter, optimizer, controllers and data position; {self.step}/{self.total_steps} steps")
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    seconds[phase] = time.perf_counter() - started
+        self.step, self.stepper.num_tokens = checkpoint.step, checkpoint.state["num_tokens"]
+        self.view.note(
+            f"resumed {checkpoint.path.name}: adapter, optimizer, controllers and data position; {self.step}/{self.total_steps} steps"
+        )

@@ -151,7 +151,9 @@ class PolicyUpdater:
             raise FloatingPointError(f"step {step + 1}: the loss is {sums['loss']}; nothing was updated. Lower learning_rate.")
         for name, tensor in zip(self.parameters, gradient, strict=True):
             if not torch.isfinite(tensor).all():
-                raise FloatingPointError(f"step {step + 1}: the gradient of {name} is not finite; nothing was updated. Lower learning_rate.")
+                raise FloatingPointError(
+                    f"step {step + 1}: the gradient of {name} is not finite; nothing was updated. Lower learning_rate."
+                )
         norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in gradient])))
         limit = self.config.optimizer.max_grad_norm
         if limit is not None and norm > limit:
@@ -249,14 +251,15 @@ class PolicyUpdater:
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"{name}/{key}"] = value.detach().clone()
-        controllers = {"beta": self.beta, "hard_stop": self.hard_stop, "limit": self.limit, "entropy": self.entropy}
-        return tensors, {name: controller.state() for name, controller in controllers.items()}
+        return tensors, {name: controller.state() for name, controller in self._controllers().items()}
 
     def load(self, tensors: Mapping[str, Tensor], controllers: Mapping[str, Mapping[str, float]]) -> None:
         """Continue from what state() gave."""
-        for name, parameter in self.parameters.items():
-            found = {key: value.clone() for full, value in tensors.items() if full.rpartition("/")[0] == name for key in [full.rpartition("/")[2]]}
-            if found:
-                self.optimizer.state[parameter] = found
-        for name, controller in {"beta": self.beta, "hard_stop": self.hard_stop, "limit": self.limit, "entropy": self.entropy}.items():
+        for full_name, value in tensors.items():
+            name, _, key = full_name.rpartition("/")
+            self.optimizer.state[self.parameters[name]][key] = value.clone()
+        for name, controller in self._controllers().items():
             controller.load(controllers[name])
+
+    def _controllers(self) -> dict[str, AdaptiveBeta | HardStop | StepLimit | AdaptiveEntropy]:
+        return {"beta": self.beta, "hard_stop": self.hard_stop, "limit": self.limit, "entropy": self.entropy}

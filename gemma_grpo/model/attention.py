@@ -62,9 +62,7 @@ AttentionInterface.register(ATTENTION_NAME, grouped_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
-def within_window(
-    query_positions: Int[Tensor, "*b Q"], key_positions: Int[Tensor, "*b K"], window: int | None
-) -> Bool[Tensor, "*b Q K"]:
+def within_window(query_positions: Int[Tensor, "*b Q"], key_positions: Int[Tensor, "*b K"], window: int | None) -> Bool[Tensor, "*b Q K"]:
     """Causal, and no further back than the window, which counts the token itself (transformers: key > query - window)."""
     distance = query_positions[..., :, None] - key_positions[..., None, :]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
@@ -202,8 +200,8 @@ class DecodeLayout:
         own_scores = own_scores.masked_fill(~own_allowed, -torch.inf)
         prompt_scores = self._by_row(prompt_scores)  # (B, K, R, P)
         weights = torch.cat([prompt_scores, own_scores], -1).softmax(-1).to(query.dtype)
-        prompt_weights, own_weights = weights.split([prompt_k.shape[2], own_k.shape[2]], dim=-1)
-        out = self._by_row(self._by_prompt(prompt_weights) @ prompt_v) + own_weights @ own_v
+        prompt_weights, own_weights = weights[..., : prompt_k.shape[2]], weights[..., prompt_k.shape[2] :]
+        out: Tensor = self._by_row(self._by_prompt(prompt_weights) @ prompt_v) + own_weights @ own_v
         return out.reshape(len(query), 1, -1, dim)
 
     def _remember(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.lora import LoraModel
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerBase
@@ -36,7 +36,9 @@ _TEXT_DECODER_KEYS = {r"^(model\.)?language_model\.(model\.)?": "model."}
 class Gemma:
     """A frozen Gemma 3 decoder with two LoRA adapters. Exactly one role is active at a time: see `role`."""
 
-    def __init__(self, base: Gemma3ForCausalLM, tokenizer: PreTrainedTokenizerBase, *, name: str, lora: LoraSettings, seed: int = 0) -> None:
+    def __init__(
+        self, base: Gemma3ForCausalLM, tokenizer: PreTrainedTokenizerBase, *, name: str, lora: LoraSettings, seed: int = 0
+    ) -> None:
         base.requires_grad_(False)
         base.set_attn_implementation(ATTENTION_NAME)
         self.name, self.tokenizer, self.config = name, tokenizer, base.config
@@ -45,7 +47,7 @@ class Gemma:
             # seeded: the adapter's start is part of the run, whatever drew random numbers before
             torch.manual_seed(seed)
             base.name_or_path = name  # peft writes it into adapter_config.json: the hub id, not a folder of this machine
-            self.peft = get_peft_model(base, _lora_config(lora), adapter_name="policy")  # type: ignore[arg-type]
+            self.peft = get_peft_model(base, _lora_config(lora), adapter_name="policy")
             self.peft.add_adapter("reward", _lora_config(lora))
             for adapter in self.peft.peft_config.values():
                 adapter.base_model_name_or_path = name
@@ -64,7 +66,7 @@ class Gemma:
         tokenizer = AutoTokenizer.from_pretrained(path)
         _check_tokenizer(tokenizer, name)
         transformers_logging.disable_progress_bar()  # it would tear the live view
-        base, info = Gemma3ForCausalLM.from_pretrained(
+        loaded: Any = Gemma3ForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=base_dtype(precision, device),
@@ -72,6 +74,7 @@ class Gemma:
             use_safetensors=True,
             output_loading_info=True,
         )
+        base, info = loaded
         missing = sorted(set(info["missing_keys"]) | {str(key) for key in info["mismatched_keys"]})
         if missing:
             raise ValueError(f"{name}: {len(missing)} tensors are missing or misshapen, first {missing[0]}. Download the checkpoint again.")
@@ -101,7 +104,7 @@ class Gemma:
     def _switch(self, role: ModelRole, *, train: bool) -> None:
         if train and role == "reference":
             raise ValueError("the reference is the frozen base: it cannot be trained. Train policy or reward.")
-        tuner: LoraModel = self.peft.base_model
+        tuner: LoraModel = self.peft.base_model  # type: ignore[assignment]
         if role == "reference":
             tuner.disable_adapter_layers()
         else:

@@ -49,7 +49,7 @@ def token_logprobs(
     hidden: Float[Tensor, "T D"], head_weight: Float[Tensor, "V D"], targets: Int[Tensor, " T"], temperature: float = 1.0
 ) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"]]:
     """log softmax(hidden @ head.T / temperature)[target] and the entropy of that softmax; no gradient for the head."""
-    logprobs, entropy = _SelectedLogprobs.apply(hidden, head_weight.detach(), targets, temperature)
+    logprobs, entropy = _SelectedLogprobs.apply(hidden, head_weight.detach(), targets, temperature)  # type: ignore[no-untyped-call]
     return logprobs, entropy
 
 

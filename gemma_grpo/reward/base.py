@@ -75,6 +75,11 @@ class RewardStack:
                 raise ValueError(f"the weight of reward {part.reward.name!r} is {part.weight}. Give a finite number.")
         self.parts = tuple(parts)
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Reward name -> weight."""
+        return {part.reward.name: part.weight for part in self.parts}
+
     def score(self, groups: Sequence[RolloutGroup]) -> StackScores:
         """Rewards of all completions. Raises RewardError naming the reward that failed or returned something unusable."""
         totals: Scores = [[None] * len(group.completions) for group in groups]

@@ -72,9 +72,7 @@ def score_pairs(judge: Judge, pairs: Sequence[EncodedPair], role: ModelRole, bat
     return torch.cat([torch.zeros(0, 2), *pieces])
 
 
-def bradley_terry_loss(
-    rewards: Float[Tensor, "N 2"], *, centering: float = 0.0, label_smoothing: float = 0.0
-) -> Float[Tensor, ""]:
+def bradley_terry_loss(rewards: Float[Tensor, "N 2"], *, centering: float = 0.0, label_smoothing: float = 0.0) -> Float[Tensor, ""]:
     """Mean over pairs of -log sigmoid(r_chosen - r_rejected) + centering (r_chosen + r_rejected)^2, in nats.
 
     label_smoothing is the assumed share of wrong labels. Sources: Bradley and Terry 1952; centring arXiv:2312.09244;
@@ -105,7 +103,9 @@ def train_reward_adapter(
             rewards = judge.log_odds(_pair_batch(judge, batch))
             loss = bradley_terry_loss(rewards, centering=settings.centering, label_smoothing=settings.label_smoothing)
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"reward adapter: the loss is {loss.item()} at update {update + 1}. Lower reward_model.learning_rate.")
+                raise FloatingPointError(
+                    f"reward adapter: the loss is {loss.item()} at update {update + 1}. Lower reward_model.learning_rate."
+                )
             loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

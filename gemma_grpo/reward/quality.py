@@ -35,9 +35,7 @@ def accuracy(margins: Float[Tensor, " N"]) -> dict[str, Any]:
     return {"value": right / n if n else None, "interval": list(wilson_interval(right, n)), "n": n}
 
 
-def quality_report(
-    pairs: Sequence[PreferencePair], scores: Float[Tensor, "N 2"], zero_shot: Float[Tensor, "N 2"]
-) -> dict[str, Any]:
+def quality_report(pairs: Sequence[PreferencePair], scores: Float[Tensor, "N 2"], zero_shot: Float[Tensor, "N 2"]) -> dict[str, Any]:
     """Everything calibration.json says about held-out pairs; columns of `scores` are chosen, rejected."""
     margins = scores[:, 0] - scores[:, 1]
     lengths = torch.tensor([[len(pair.chosen.split()), len(pair.rejected.split())] for pair in pairs]).reshape(-1, 2)

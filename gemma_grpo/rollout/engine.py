@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from gemma_grpo.types import Completion, Prompt, RolloutGroup
 
@@ -25,6 +25,7 @@ class SamplingParams:
     role: Literal["policy", "reference"] = "policy"
 
 
+@runtime_checkable
 class RolloutEngine(Protocol):
     """Samples groups. The same (seed, step, prompt_id, index) gives the same completion whatever else is in the batch."""
 

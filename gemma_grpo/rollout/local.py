@@ -69,7 +69,9 @@ class LocalEngine:
         logits = self.model.logits(hidden)
         distribution = sampling_logprobs(logits, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p)
         if not torch.isfinite(distribution.amax(-1)).all():
-            raise FloatingPointError(f"the {params.role}'s logits are not finite at completion position {position}: its weights have diverged.")
+            raise FloatingPointError(
+                f"the {params.role}'s logits are not finite at completion position {position}: its weights have diverged."
+            )
         token = draw(distribution, uniforms(keys, position))
         return token, distribution.gather(-1, token[:, None])[:, 0]
 
