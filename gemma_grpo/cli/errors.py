@@ -53,6 +53,8 @@ _ACCESS = {
 }
 """Name of a huggingface_hub error -> (what, remedy). Names, because importing the library for them would cost every command."""
 
+_NO_NAME = "HFValidationError"
+"""What the Hub's library calls a name that is neither a folder here nor a possible id there."""
 _USAGE = ("ConfigError", "DataError", "RunDirectoryError")
 
 
@@ -64,6 +66,8 @@ def exit_code(error: BaseException) -> Exit:
         return Exit.ACCESS
     if "PreflightError" in _names(error):
         return Exit.PREFLIGHT
+    if any(_NO_NAME in _names(one) for one in _chain(error)):
+        return Exit.USAGE
     # a run directory that could be used and then could not be written is no mistake of usage
     if _names(error).intersection(_USAGE) and not isinstance(error.__cause__, OSError):
         return Exit.USAGE
@@ -80,6 +84,8 @@ def explained(error: BaseException) -> str:
     elif (access := _access_error(error)) is not None and "DataAccessError" not in _names(error):
         what, remedy = _ACCESS[next(name for name in _ACCESS if name in _names(access))]
         first, rest = f"{_repository(access)} {what}", [remedy]
+    elif any(_NO_NAME in _names(one) for one in _chain(error)):
+        first, rest = str(error), ["model_name and dataset are a folder or file on this machine, or a Hub id such as google/gemma-3-1b-it."]
     elif isinstance(error, (ValueError, ArithmeticError)) and _raised_here(error):
         first, rest = _sentences(str(error))
     else:

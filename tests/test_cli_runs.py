@@ -1,0 +1,172 @@
+"""Whole runs from the command line on a tiny random Gemma 3: what is printed, what is written, and what never is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from gemma_grpo.cli import run
+
+TINY = (
+    *("batch_size=2", "gradient_accumulation_steps=1", "num_generations=2", "planning_steps=1", "max_completion_length=4"),
+    *("max_prompt_length=200", "max_steps=2", "gradient_checkpointing=false", "precision=fp32"),
+    *("reward_model.batch_size=4", "reward_model.max_pairs=8", "evaluation.num_prompts=3", "data.holdout=0.3"),
+)
+RULE = "reward={length: 1.0}"
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    conversations = [f"\n\nHuman: Say {n}\n\nAssistant:" for n in range(24)]
+    return write_rows(tmp_path / "pairs.jsonl", [{"chosen": f"{text} ok", "rejected": f"{text} no no"} for text in conversations])
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"Say {n}", "answer": str(n)} for n in range(24)])
+
+
+def train(model: Path, dataset: Path, output: Path, *words: str) -> int:
+    return run(["train", "miniature", f"model_name={model}", f"dataset={dataset}", f"output_dir={output}", *TINY, *words])
+
+
+def refused(capsys: pytest.CaptureFixture[str], code: int) -> str:
+    """stderr of a run that ended with 2: one error, no trace."""
+    err = capsys.readouterr().err
+    assert code == 2, err
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    return err
+
+
+def test_train_writes_the_run_directory_and_evaluate_and_report_read_it(
+    tiny_model_dir: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    assert train(tiny_model_dir, pairs, output) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert "2 prompts x 1 accumulation x 2 completions = 4 completions per update" in printed
+    assert "reward adapter" in printed
+    assert f"{output / 'report.html'}" in printed
+
+    files = {"recipe.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "events.jsonl", "evaluation.json", "report.html"}
+    assert files <= {path.name for path in output.iterdir()}
+    assert [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()] == [1, 2]
+    assert json.loads((output / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
+
+    before = (output / "evaluation.json").read_bytes()
+    assert run(["evaluate", str(output)]) == 0, capsys.readouterr().err
+    after = json.loads((output / "evaluation.json").read_bytes())
+    assert {**after, "seconds": 0} == {**json.loads(before), "seconds": 0}
+
+    (output / "report.html").unlink()
+    assert run(["report", str(output)]) == 0
+    assert (output / "report.html").read_text(encoding="utf-8").startswith("<!")
+
+
+def test_the_resolved_recipe_repeats_the_run(tiny_model_dir: Path, prompts: Path, tmp_path: Path) -> None:
+    assert train(tiny_model_dir, prompts, tmp_path / "first", RULE) == 0
+    assert run(["train", str(tmp_path / "first" / "recipe.yaml"), f"output_dir={tmp_path / 'second'}"]) == 0
+    first, second = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("first", "second"))
+    assert first == second
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(
+    tiny_model_dir: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert run(["train", "miniature", f"model_name={tiny_model_dir}", f"dataset={prompts}", RULE, *TINY, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 steps" in printed
+    assert "length x 1" in printed
+    assert "user: Say " in printed
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_train_reward_stops_after_the_reward_adapter(
+    tiny_model_dir: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "reward-only"
+    words = ["train-reward", "miniature", f"model_name={tiny_model_dir}", f"dataset={pairs}", f"output_dir={output}", *TINY]
+    assert run(words) == 0, capsys.readouterr().err
+    assert (output / "reward" / "calibration.json").is_file()
+    assert not (output / "adapter").exists()
+    assert "right on" in capsys.readouterr().out
+
+    # and its folder serves a later run instead of training again
+    assert train(tiny_model_dir, pairs, tmp_path / "policy", f"reward_model.path={output / 'reward'}") == 0, capsys.readouterr().err
+    assert not (tmp_path / "policy" / "reward" / "adapter_model.safetensors").exists()
+
+
+# ---- bad input: refused with 2 before anything is written
+
+
+def test_prompts_without_a_reward_say_what_to_give(
+    tiny_model_dir: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    err = refused(capsys, train(tiny_model_dir, prompts, tmp_path / "run"))
+    assert "prompts but no preference pairs" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_reward_gets_the_nearest_name(
+    tiny_model_dir: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    err = refused(capsys, train(tiny_model_dir, prompts, tmp_path / "run", "reward={repetiton: 1.0}"))
+    assert "repetition" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", ["", '{"text": "no prompt"}\n', '{"prompt": "cut', "[1, 2]\n"])
+def test_rows_that_cannot_be_used_leave_nothing_behind(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(content, encoding="utf-8")
+    assert str(rows) in refused(capsys, train(tiny_model_dir, rows, tmp_path / "run", RULE))
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_that_are_all_longer_than_the_limit_are_refused(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows(tmp_path / "long.jsonl", [{"prompt": f"{n} " * 200} for n in range(8)])
+    err = refused(capsys, train(tiny_model_dir, rows, tmp_path / "run", RULE))
+    assert "max_prompt_length" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_folder_that_is_a_file_or_holds_a_run_stays_as_it_is(
+    tiny_model_dir: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine", encoding="utf-8")
+    assert "is a file" in refused(capsys, train(tiny_model_dir, prompts, file, RULE))
+    assert file.read_text(encoding="utf-8") == "mine"
+
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "recipe.yaml").write_text("seed: 7\n", encoding="utf-8")
+    assert "already holds a run" in refused(capsys, train(tiny_model_dir, prompts, taken, RULE))
+    assert [path.name for path in taken.iterdir()] == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "report"])
+def test_a_folder_that_is_no_run_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: str) -> None:
+    refused(capsys, run([verb, str(tmp_path)]))
+    refused(capsys, run([verb, str(tmp_path / "nowhere")]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_folder_that_is_not_there_is_refused(prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, train(tmp_path / "no-model", prompts, tmp_path / "run", RULE))
+    assert not (tmp_path / "run").exists()
