@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from gemma_grpo.cli import run
+from gemma_grpo.monitor.events import RunDirectory
 
 TINY = (
     *("batch_size=2", "gradient_accumulation_steps=1", "num_generations=2", "planning_steps=1", "max_completion_length=4"),
@@ -170,3 +173,25 @@ def test_a_folder_that_is_no_run_is_refused(capsys: pytest.CaptureFixture[str], 
 def test_a_model_folder_that_is_not_there_is_refused(prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, train(tmp_path / "no-model", prompts, tmp_path / "run", RULE))
     assert not (tmp_path / "run").exists()
+
+
+# ---- a signal
+
+
+def test_a_termination_closes_the_run_and_ends_with_75(tiny_model_dir: Path, prompts: Path, tmp_path: Path) -> None:
+    words = [*TINY, "max_steps=1000", "epochs=1000", "save_steps=1", RULE]
+    settings = {word.split("=")[0]: word for word in words}.values()
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "gemma_grpo.cli", "train", "miniature", f"model_name={tiny_model_dir}", f"dataset={prompts}"]
+    command += [f"output_dir={output}", *settings]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("step 2/") for line in process.stdout)
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert err.splitlines()[-2] == "error: stopped."
+    assert (output / "checkpoints" / "step-00000001").is_dir()
+    assert json.loads((output / "run.json").read_text(encoding="utf-8"))["status"] != "running"
+    with RunDirectory.open(output) as again:  # the lock is free
+        assert again.recipe.is_file()
