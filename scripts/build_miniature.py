@@ -32,12 +32,15 @@ from gemma_grpo.miniature.gold import gold_score
 from gemma_grpo.reward.generative import JUDGE_QUESTION
 
 VOCABULARY = 1536
-BATCH, STEPS, WARM_UP, PEAK_RATE, FINAL_SHARE = 64, 1300, 60, 3e-3, 0.03
-POOL = 32
+BATCH, STEPS, WARM_UP, PEAK_RATE, FINAL_SHARE = 32, 2600, 100, 2.5e-3, 0.02
+POOL = 64
 """Batches drawn at once and cut by length, so that little is padding."""
-TWO_TURN_SHARE = 0.06
-KIND_WEIGHTS = {"arithmetic": 3.0, "harmful": 1.25, "borderline": 1.25}
-"""Arithmetic has the most to memorise. Kinds not named weigh 1."""
+TWO_TURN_SHARE, JUDGED_SHARE = 0.06, 0.65
+"""Shares of rows with an earlier turn, and with a verdict after the last one."""
+KIND_WEIGHTS = {"arithmetic": 3.0, "fact": 2.0, "howto": 1.25, "borderline": 1.25}
+"""Arithmetic has the most to memorise, facts the next. Kinds not named weigh 1."""
+TOKENS_PER_ROW = 25
+"""About as much loss weight as a row has: the divisor of a batch's loss is this times its rows."""
 VERDICT_WEIGHT = 4.0
 """A verdict is one token of about twenty and the noisiest: at weight 1 it would hardly be learned."""
 
@@ -156,7 +159,7 @@ class RowMaker:
         return self.rng.choice(world.requests_by_kind()[self.rng.choices(world.KINDS, weights)[0]])
 
     def row(self) -> Row:
-        """A dialogue of one turn, seldom two, and a verdict on its last reply."""
+        """A dialogue of one turn, seldom two, and for most a verdict on its last reply."""
         ids, weights = [], []
         if self.rng.random() < TWO_TURN_SHARE:
             ids, weights = self._turn(self.request())
@@ -165,6 +168,8 @@ class RowMaker:
         request = self.request()
         reply = world.sample_reply(request, self.rng)
         turn, turn_weights = self._turn(request, reply, first=not ids)
+        if self.rng.random() >= JUDGED_SHARE:
+            return Row([*ids, *turn], [*weights, *turn_weights])
         verdict = self.verdicts["Yes" if self.rng.random() < yes_rate(request, reply) else "No"]
         return Row(
             [*ids, *turn, *self.suffix, *verdict],
@@ -177,7 +182,7 @@ class RowMaker:
         return asked + said, [0.0] * len(asked) + [1.0] * len(said)
 
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Endless padded batches: token ids and loss weights, both [64, T]."""
+        """Endless padded batches: token ids and loss weights, both [BATCH, T]."""
         while True:
             pool = sorted((self.row() for _ in range(BATCH * POOL)), key=lambda row: len(row.token_ids))
             cuts = [pool[start : start + BATCH] for start in range(0, len(pool), BATCH)]
@@ -200,7 +205,7 @@ def yes_rate(request: world.Request, reply: str) -> float:
 
 
 def train(model: Gemma3ForCausalLM, rows: RowMaker, steps: int) -> None:
-    """AdamW with warm-up and cosine; the loss is the weighted mean over reply and verdict tokens."""
+    """AdamW with warm-up and cosine; the loss is the weighted sum over reply and verdict tokens, per row."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
     started = time.monotonic()
@@ -209,16 +214,18 @@ def train(model: Gemma3ForCausalLM, rows: RowMaker, steps: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         # Right padding is never attended to under a causal mask, so no attention mask is needed.
-        logits = model(input_ids=ids).logits[:, :-1]
-        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(ids[:, 1:])
-        loss = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
+        learned = weights[:, 1:] > 0
+        picked = weights[:, 1:][learned]
+        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][learned]
+        losses = F.cross_entropy(model.lm_head(hidden), ids[:, 1:][learned], reduction="none")
+        # A constant divisor: batches are cut by length, and a mean over each batch's own tokens would favour short replies.
+        loss = (losses * picked).sum() / (BATCH * TOKENS_PER_ROW)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 50 == 0 or step == steps - 1:
-            reply_loss = losses[weights[:, 1:] == 1.0].mean().item()
-            verdict_loss = losses[weights[:, 1:] == VERDICT_WEIGHT].mean().item()
+        if step % 100 == 0 or step == steps - 1:
+            reply_loss, verdict_loss = losses[picked == 1.0].mean().item(), losses[picked == VERDICT_WEIGHT].mean().item()
             print(
                 f"step {step:5d}  reply loss {reply_loss:.3f}  verdict loss {verdict_loss:.3f}  {time.monotonic() - started:.0f} s",
                 flush=True,

@@ -101,7 +101,8 @@ def _occurrences(key: str, text: str) -> int:
 
 
 def _answers_rightly(request: Request, text: str) -> bool:
-    if _stray_words(request, text, request.answers) > MAX_STRAY_WORDS:
+    echoed = words_of(text) == words_of(normalise(request.text))
+    if echoed or _stray_words(request, text, request.answers) > MAX_STRAY_WORDS:
         return False
     if request.kind == "arithmetic":
         return _names_one_number(request, text)

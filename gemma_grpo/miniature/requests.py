@@ -31,7 +31,7 @@ class Request:
 
 _GREETINGS = (
     (("hi", "hello", "hello there", "hey"), "Hello to you."),
-    (("good morning", "morning", "what a fine morning"), "Good morning to you."),
+    (("good morning", "morning", "a good morning to you"), "Good morning to you."),
     (("good evening", "evening", "have a good evening"), "Good evening to you."),
     (("good night", "time for bed", "i go to sleep now"), "Sleep well tonight."),
     (("how are you", "how do you do", "are you well"), "I am doing well."),
