@@ -42,6 +42,7 @@ class Recipe:
     temperature: float = 1.0
     noise: float = 0.0
     tis_cap: float | None = None
+    beta: float = BETA
 
 
 RIGHT = Recipe()
@@ -71,7 +72,7 @@ def train_step(recipe: Recipe, logits: Tensor, optimizer: torch.optim.Optimizer,
     old, sampling, ref = (values[tokens][:, None] for values in (logits.detach().log_softmax(-1), sampler, REFERENCE))
     rewards = REWARDS[tokens] + recipe.noise * torch.randn(len(tokens), generator=generator)
     if recipe.estimator is None:
-        rewards = rewards - kl_reward_penalty(old, ref, mask, beta=BETA)
+        rewards = rewards - kl_reward_penalty(old, ref, mask, beta=recipe.beta)
     advantages = group_advantages(
         rewards.reshape(NUM_PROMPTS, GROUP_SIZE),
         torch.ones(NUM_PROMPTS, GROUP_SIZE, dtype=torch.long),
@@ -91,7 +92,7 @@ def train_step(recipe: Recipe, logits: Tensor, optimizer: torch.optim.Optimizer,
             policy_loss=partial(POLICY_LOSSES[recipe.loss], clip_low=0.2, clip_high=0.2),
             ref_logprobs=ref,
             kl_estimator=KL_ESTIMATORS[recipe.estimator] if recipe.estimator else None,
-            beta=BETA,
+            beta=recipe.beta,
             sampler_weight=None if recipe.tis_cap is None else sampler_weights(old, sampling, mask, cap=recipe.tis_cap),
         )
         optimizer.zero_grad()
@@ -140,3 +141,16 @@ def test_truncated_importance_sampling_mends_a_wrong_sampling_temperature() -> N
 
 def test_kl_in_the_reward_cannot_see_a_wrong_sampling_temperature() -> None:
     assert total_variation(train(replace(IN_REWARD, temperature=0.7))) < THRESHOLD
+
+
+def test_batch_scale_puts_beta_in_units_of_the_std_under_the_trained_policy() -> None:
+    # the default scale; its optimum is ref exp(r / (beta s)) with s the std of the leave-one-out rewards under that optimum
+    # itself. Below beta of about 0.6 this world has no such point short of the best reply alone: s falls faster than 1 / KL.
+    target = REFERENCE.softmax(-1)
+    for _ in range(500):
+        mean = (target * REWARDS).sum()
+        std = ((target * (REWARDS - mean) ** 2).sum() * GROUP_SIZE / (GROUP_SIZE - 1)).sqrt()
+        target = 0.9 * target + 0.1 * (REFERENCE + REWARDS / (1.0 * std)).softmax(-1)
+    assert total_variation(REFERENCE, target) > 0.2
+    assert total_variation(train(replace(RIGHT, scale="batch", beta=1.0)), target) < THRESHOLD
+    assert train(replace(RIGHT, scale="batch", beta=0.3)).softmax(-1)[-1] > 0.9
