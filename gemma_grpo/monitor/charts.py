@@ -2,7 +2,7 @@
 
 Pure functions: the same numbers give the same bytes (no date, fixed ids), no pyplot state is touched. Text and axes take the
 page's own colour (currentColor), so a chart reads on light and on dark; lines use Okabe and Ito's colours, which colour-blind
-readers can part (jfly.uni-koeln.de/color).
+readers can part (jfly.uni-koeln.de/color). A page may set --chart-1 to --chart-4 to brighten them on dark.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from matplotlib.ticker import MaxNLocator
 
 from gemma_grpo.monitor.escapes import visible
 
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-_COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # blue, orange, green, purple
 _INK = "#010203"
 """Placeholder that becomes currentColor."""
 _MAX_POINTS = 400
@@ -55,6 +54,7 @@ def curve(
             _draw(axes, one, _COLOURS[index % len(_COLOURS)])
         if reference is not None:
             axes.axhline(reference, color=_INK, alpha=0.55, linewidth=1, linestyle=(0, (4, 3)))
+        _widen_flat(axes)
         if len(series) > 1:
             _label_ends(axes, series)
         axes.set_ylabel(_plain(unit), parse_math=False)
@@ -70,8 +70,10 @@ def calibration_curve(points: Sequence[tuple[float, float, float]], title: str) 
     with _style(title):
         figure, axes = _figure(3.4, 3.0)
         axes.plot([0, 1], [0, 1], color=_INK, alpha=0.55, linewidth=1, linestyle=(0, (4, 3)))
-        axes.plot([p for p, _, _ in kept], [o for _, o, _ in kept], color=BLUE, linewidth=1.5)
-        axes.scatter([p for p, _, _ in kept], [o for _, o, _ in kept], s=[12 + 60 * n / most for _, _, n in kept], color=BLUE, linewidths=0)
+        axes.plot([p for p, _, _ in kept], [o for _, o, _ in kept], color=_COLOURS[0], linewidth=1.5)
+        axes.scatter(
+            [p for p, _, _ in kept], [o for _, o, _ in kept], s=[12 + 60 * n / most for _, _, n in kept], color=_COLOURS[0], linewidths=0
+        )
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal", xlabel="predicted", ylabel="observed")
         return _svg(figure, title)
 
@@ -99,16 +101,24 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _draw(axes: Axes, series: Series, colour: str) -> None:
-    x, y = [float(value) for value in series.x], [_number(value) for value in series.y]
+    x, y = _thin([float(value) for value in series.x]), _thin([_number(value) for value in series.y])
     if series.spread is not None:
-        half = [_number(value) for value in series.spread]
+        half = _thin([_number(value) for value in series.spread])
         low, high = [a - b for a, b in zip(y, half, strict=True)], [a + b for a, b in zip(y, half, strict=True)]
-        axes.fill_between(_thin(x), _thin(low), _thin(high), color=colour, alpha=0.18, linewidth=0)
-    noisy = len(y) >= 25
+        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+    noisy = _is_noisy(y)
     marker = "o" if len(y) == 1 else None
-    axes.plot(_thin(x), _thin(y), color=colour, linewidth=0.8 if noisy else 1.6, alpha=0.35 if noisy else 1, marker=marker, markersize=4)
+    axes.plot(x, y, color=colour, linewidth=0.8 if noisy else 1.6, alpha=0.35 if noisy else 1, marker=marker, markersize=4)
     if noisy:
-        axes.plot(_thin(x), _thin(_running_mean(y, len(y) // 15)), color=colour, linewidth=1.8)
+        axes.plot(x, _running_mean(y, len(y) // 15), color=colour, linewidth=1.8)
+
+
+def _widen_flat(axes: Axes) -> None:
+    """A constant gets a scale around it, rather than one that magnifies rounding."""
+    low, high = axes.dataLim.y0, axes.dataLim.y1
+    if math.isfinite(low) and high - low <= 1e-6 * max(abs(low), abs(high)):
+        half = abs(low) / 2 or 1.0
+        axes.set_ylim(low - half, high + half)
 
 
 def _label_ends(axes: Axes, series: Sequence[Series]) -> None:
@@ -148,6 +158,8 @@ def _inline(document: str, title: str) -> str:
     name = escape(_plain(title))
     head = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {view_box[0] if view_box else ""} role="img" aria-label="{name}">'
     svg = re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)
+    for index, colour in enumerate(_COLOURS, start=1):
+        svg = svg.replace(colour, f"var(--chart-{index}, {colour})")
     return svg.replace(_INK, "currentColor").strip()
 
 
@@ -155,8 +167,16 @@ def _plain(text: str) -> str:
     return visible(text).replace("\n", " ")
 
 
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
+def _number(value: float | None) -> float:
+    return value if value is not None and math.isfinite(value) else math.nan
+
+
+def _is_noisy(values: Sequence[float]) -> bool:
+    """Whether the line's ups and downs add up to several times its range, so that a running mean helps."""
+    kept = [value for value in values if math.isfinite(value)]
+    if len(kept) < 25:
+        return False
+    return sum(abs(b - a) for a, b in pairwise(kept)) > 3 * (max(kept) - min(kept))
 
 
 def _running_mean(values: Sequence[float], half: int) -> list[float]:

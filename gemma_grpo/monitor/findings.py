@@ -6,10 +6,11 @@ policy learned the reward's mistake, and no average shows it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from gemma_grpo.monitor.run_files import real
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,8 @@ class Verdict:
     headline: str
     sentence: str
     further: list[str]
+    warnings: list[str]
+    """What an average hides or the run should not have done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,29 +84,30 @@ def measure(data: Any) -> Measure | None:
     """A metric of evaluation.json; None when it is missing, empty or not numbers."""
     if not isinstance(data, Mapping):
         return None
-    numbers = [_finite(data.get(name)) for name in ("before", "after", "gain")]
+    numbers = [real(data.get(name)) for name in ("before", "after", "gain")]
     if any(number is None for number in numbers):
         return None
     before, after, gain = (number or 0.0 for number in numbers)
     interval = data.get("interval")
-    ends = [_finite(end) for end in interval] if isinstance(interval, list) and len(interval) == 2 else [None, None]
-    count = _finite(data.get("n"))
+    ends = [real(end) for end in interval] if isinstance(interval, list) and len(interval) == 2 else [None, None]
+    count = real(data.get("n"))
     return Measure(before, after, gain, ends[0], ends[1], int(count or 0))
 
 
 def show(value: float | None, style: Style, *, signed: bool = False) -> str:
-    """A number as this metric is written, "–" for none."""
+    """A number as this metric is written, "–" for none; signed, it is a difference, of percentages in points."""
     if value is None:
         return "–"
-    scaled = round(100 * value if style.percent else value, style.digits) + 0.0  # + 0.0: no "-0"
-    return f"{scaled:{'+' if signed else ''}.{style.digits}f}{' %' if style.percent else ''}"
+    unit = "" if not style.percent else "\u00a0pt" if signed else "\u00a0%"
+    return f"{_scaled(value, style):{'+' if signed else ''}.{style.digits}f}{unit}"
 
 
 def show_interval(one: Measure, style: Style) -> str:
     """[low, high] of the gain, or why there is none."""
     if one.low is None or one.high is None:
         return "no interval"
-    return f"[{show(one.low, style)}, {show(one.high, style)}]"
+    ends = ", ".join(f"{_scaled(end, style):.{style.digits}f}" for end in (one.low, one.high))
+    return f"[{ends}]\u00a0pt" if style.percent else f"[{ends}]"
 
 
 def verdict(evaluation: Mapping[str, Any]) -> Verdict | None:
@@ -112,7 +116,7 @@ def verdict(evaluation: Mapping[str, Any]) -> Verdict | None:
     if gold:
         words = {1: ("good", "Better."), -1: ("bad", "Worse."), 0: ("unclear", "No clear change.")}
         tone, headline = words[gold.sure]
-        return Verdict(tone, headline, _sentence("Gold", gold, STYLES["gold"]), _further(evaluation))
+        return Verdict(tone, headline, _sentence("Gold", gold, STYLES["gold"]), _further(evaluation), _warnings(evaluation))
     if not reward:
         return None
     words = {1: ("unclear", "The reward rose."), -1: ("bad", "The reward fell."), 0: ("unclear", "No clear change.")}
@@ -121,7 +125,7 @@ def verdict(evaluation: Mapping[str, Any]) -> Verdict | None:
     caution = (
         "No independent score is known here: this is the reward that training maximised, so a rise alone is no proof of better replies."
     )
-    return Verdict(tone, headline, sentence, [caution, *_further(evaluation)])
+    return Verdict(tone, headline, sentence, [caution, *_further(evaluation)], _warnings(evaluation))
 
 
 def kind_rows(evaluation: Mapping[str, Any]) -> list[KindRow]:
@@ -141,7 +145,7 @@ def _kind_row(kind: str, data: Mapping[str, Any]) -> KindRow:
     worst = gold if gold and gold.gain < 0 else reward
     if mark and worst and worst.sure >= 0:
         mark += " (within chance)"
-    return KindRow(kind, int(_finite(data.get("n")) or 0), gold, reward, win_rate, mark, alarming)
+    return KindRow(kind, int(real(data.get("n")) or 0), gold, reward, win_rate, mark, alarming)
 
 
 def _sentence(name: str, one: Measure, style: Style) -> str:
@@ -170,11 +174,25 @@ def _further(evaluation: Mapping[str, Any]) -> list[str]:
     ]
     if refusals:
         lines.append(f"Refusals: {', '.join(refusals)}.")
-    wrong = [row.kind for row in kind_rows(evaluation) if row.alarming]
-    if wrong:
-        lines.append(f"Look at {', '.join(wrong)}: there the reward rose while gold fell.")
     return lines
 
 
-def _finite(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+def _warnings(evaluation: Mapping[str, Any]) -> list[str]:
+    lines = []
+    benign, style = measure(evaluation.get("refusal_benign")), STYLES["refusal_benign"]
+    if benign and benign.sure > 0:
+        lines.append(
+            f"It refuses more benign requests than before: {show(benign.gain, style, signed=True)} {show_interval(benign, style)}."
+        )
+    for row in kind_rows(evaluation):
+        if row.alarming and row.gold and row.reward:
+            change = (
+                f"gold {show(row.gold.gain, STYLES['gold'], signed=True)}, reward {show(row.reward.gain, STYLES['reward'], signed=True)}"
+            )
+            chance = "" if row.gold.sure < 0 else " (the fall is within chance)"
+            lines.append(f"Look at “{row.kind}”: the reward rose while gold fell, {change} on n = {row.n}{chance}.")
+    return lines
+
+
+def _scaled(value: float, style: Style) -> float:
+    return round(100 * value if style.percent else value, style.digits) + 0.0  # + 0.0: no "-0"

@@ -11,16 +11,17 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from gemma_grpo.monitor import findings
 from gemma_grpo.monitor.charts import Series, calibration_curve, curve
 from gemma_grpo.monitor.escapes import visible
-from gemma_grpo.monitor.run_files import Record, RunFiles, read_run_files
+from gemma_grpo.monitor.run_files import Record, RunFiles, read_run_files, real, records
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 _SHOWN_GROUPS = 3
@@ -80,10 +81,15 @@ def write_report(run_dir: str | Path) -> Path:
 
 def render_report(files: RunFiles) -> str:
     """The page as text."""
+    return _template().render(_context(files))
+
+
+@cache
+def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"text": _text, "number": _number, "when": _when, "duration": _duration, "share": _share}
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(_context(files))
+    environment.filters |= {"text": _text, "number": _number, "score": _score, "share": _share, "when": _when, "duration": _duration}
+    environment.filters["records"] = records
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _context(files: RunFiles) -> dict[str, Any]:
@@ -102,7 +108,7 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "curves": _curves(files.metrics),
         "phases": _phases(files),
         "groups": [*map(_group, _widest(files.last_groups)), *map(_group, _widest(files.first_groups)[:1] if _many_steps(files) else ())],
-        "samples": _records(files.evaluation.get("samples")),
+        "samples": records(files.evaluation.get("samples")),
         "told": [event for event in files.events if event.get("kind") in _TOLD_EVENTS][-40:],
         "data": _flat(files.run.get("data")),
         "versions": _flat(files.run.get("versions")),
@@ -142,18 +148,22 @@ def _accuracies(calibration: Record) -> list[tuple[str, float, str, str]]:
         entries += [(f"reward adapter, {name}", part) for name, part in parts.items()] if isinstance(parts, Mapping) else []
     rows = []
     for title, entry in entries:
-        if not isinstance(entry, Mapping) or not isinstance(entry.get("value"), (int, float)):
+        if not isinstance(entry, Mapping) or (value := real(entry.get("value"))) is None:
             continue
         interval = entry.get("interval")
-        shown = f"[{_share(interval[0])}, {_share(interval[1])}]" if isinstance(interval, list) and len(interval) == 2 else "–"
-        rows.append((title, float(entry["value"]), shown, _number(entry.get("n"))))
+        shown = (
+            f"[{_share(interval[0])}, {_share(interval[1])}]".replace("\u00a0%", "", 1)
+            if isinstance(interval, list) and len(interval) == 2
+            else "–"
+        )
+        rows.append((title, value, shown, _number(entry.get("n"))))
     return rows
 
 
 def _calibration_chart(calibration: Record) -> Chart | None:
     points = []
-    for point in _records(calibration.get("calibration")):
-        predicted, observed, n = (_real(point.get(key)) for key in ("predicted", "observed", "n"))
+    for point in records(calibration.get("calibration")):
+        predicted, observed, n = (real(point.get(key)) for key in ("predicted", "observed", "n"))
         if predicted is not None and observed is not None:
             points.append((predicted, observed, n or 0.0))
     if not points:
@@ -163,8 +173,8 @@ def _calibration_chart(calibration: Record) -> Chart | None:
 
 
 def _curves(metrics: Sequence[Record]) -> list[Chart]:
-    steps = [float(line["step"]) for line in metrics if isinstance(line.get("step"), (int, float))]
-    lines = [line for line in metrics if isinstance(line.get("step"), (int, float))]
+    numbered = [(step, line) for line in metrics if (step := real(line.get("step"))) is not None]
+    steps, lines = [step for step, _ in numbered], [line for _, line in numbered]
     parts = sorted({name for line in lines for name in line if name.startswith("rewards/") and name.endswith("/mean")})
     panels = list(_PANELS)
     if len(parts) > 1:
@@ -173,10 +183,10 @@ def _curves(metrics: Sequence[Record]) -> list[Chart]:
         ]
     charts = []
     for panel in panels:
-        values = [_real(line.get(panel.metric)) for line in lines]
+        values = [real(line.get(panel.metric)) for line in lines]
         if all(value is None for value in values):
             continue
-        spread = [_real(line.get(panel.spread)) for line in lines] if panel.spread and any(panel.spread in line for line in lines) else None
+        spread = [real(line.get(panel.spread)) for line in lines] if panel.spread and any(panel.spread in line for line in lines) else None
         svg = curve([Series(panel.title, steps, values, spread)], panel.title, panel.unit)
         charts.append(Chart(panel.title, panel.caption, Markup(svg)))
     return charts
@@ -189,11 +199,11 @@ def _phases(files: RunFiles) -> list[tuple[str, float]]:
         seconds = event.get("seconds")
         if event.get("kind") == "step_time" and isinstance(seconds, Mapping):
             for name, value in seconds.items():
-                sums[str(name)] = sums.get(str(name), 0.0) + (_real(value) or 0.0)
-    evaluation = _real(files.evaluation.get("seconds")) or 0.0
+                sums[str(name)] = sums.get(str(name), 0.0) + (real(value) or 0.0)
+    evaluation = real(files.evaluation.get("seconds")) or 0.0
     if evaluation:
         sums["evaluation"] = evaluation
-    started, ended = _real(files.run.get("started")), _real(files.run.get("ended"))
+    started, ended = real(files.run.get("started")), real(files.run.get("ended"))
     if started is not None and ended is not None and ended - started > sum(sums.values()):
         sums["reward adapter, loading and the rest"] = ended - started - sum(sums.values())
     return list(sums.items())
@@ -207,7 +217,7 @@ def _widest(groups: Sequence[Record]) -> list[Record]:
     """The groups whose rewards differ most: the ones a step learns from."""
 
     def spread(group: Record) -> float:
-        rewards = [value for one in _records(group.get("completions")) if (value := _real(one.get("reward"))) is not None]
+        rewards = [value for one in records(group.get("completions")) if (value := real(one.get("reward"))) is not None]
         return max(rewards) - min(rewards) if rewards else 0.0
 
     return sorted(groups, key=spread, reverse=True)[:_SHOWN_GROUPS]
@@ -215,13 +225,9 @@ def _widest(groups: Sequence[Record]) -> list[Record]:
 
 def _group(line: Record) -> dict[str, Any]:
     """A line of samples.jsonl with its completions from best to worst."""
-    completions = [dict(one) for one in _records(line.get("completions"))]
-    completions.sort(key=lambda one: -math.inf if (value := _real(one.get("reward"))) is None else value, reverse=True)
-    return {**line, "prompt": _records(line.get("prompt")), "completions": completions}
-
-
-def _records(value: Any) -> list[Record]:
-    return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
+    completions = [dict(one) for one in records(line.get("completions"))]
+    completions.sort(key=lambda one: -math.inf if (value := real(one.get("reward"))) is None else value, reverse=True)
+    return {**line, "completions": completions}
 
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
@@ -234,33 +240,34 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return rows
 
 
-def _real(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
 def _text(value: Any) -> str:
     return visible("" if value is None else str(value))
 
 
 def _number(value: Any) -> str:
     """Whole numbers with thin spaces between thousands, others to four digits."""
-    real = _real(value)
-    if real is None:
+    number = real(value)
+    if number is None:
         return "–"
-    return f"{int(real):,}".replace(",", "\u202f") if real == int(real) else f"{real:.4g}"
+    return f"{int(number):,}".replace(",", "\u202f") if number == int(number) else f"{number:.4g}"
+
+
+def _score(value: Any) -> str:
+    number = real(value)
+    return "–" if number is None else f"{number:.3f}"
 
 
 def _share(value: Any) -> str:
-    real = _real(value)
-    return "–" if real is None else f"{100 * real:.1f} %"
+    number = real(value)
+    return "–" if number is None else f"{100 * number:.1f}\u00a0%"
 
 
 def _when(value: Any) -> str:
-    real = _real(value)
-    if real is None:
+    number = real(value)
+    if number is None:
         return _text(value) or "–"
     try:
-        return datetime.fromtimestamp(real, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+        return datetime.fromtimestamp(number, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
     except (OverflowError, ValueError, OSError):
         return "–"
 

@@ -6,6 +6,7 @@ The files' schemas are events.py's and evaluation.py's; values are checked where
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -54,6 +55,22 @@ def read_run_files(path: str | Path) -> RunFiles:
         calibration=_object(path / "reward" / "calibration.json", problems),
         problems=problems,
     )
+
+
+def real(value: Any) -> float | None:
+    """The value as a finite number, or None: a file can hold anything."""
+    if not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # JSON integers have no limit
+        return None
+    return number if math.isfinite(number) else None
+
+
+def records(value: Any) -> list[Record]:
+    """The objects of a list, or an empty list."""
+    return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
 
 
 def _text(path: Path, problems: list[str]) -> str:
