@@ -47,6 +47,21 @@ class Recipe:
 
 RIGHT = Recipe()
 IN_REWARD = Recipe(estimator=None)
+REACHING = {
+    "kl_in_the_loss": RIGHT,
+    "cispo": replace(RIGHT, loss="cispo"),
+    "sapo": replace(RIGHT, loss="sapo"),
+    "noisy_reward": replace(RIGHT, noise=0.3),
+    "kl_in_the_reward": IN_REWARD,
+    "kl_in_the_reward_with_mean_and_batch_std": replace(IN_REWARD, baseline="mean", scale="batch"),
+}
+MISSING = {
+    "plain_k3": replace(RIGHT, estimator="k3"),
+    "k1": replace(RIGHT, estimator="k1"),
+    "inclusive_mean": replace(RIGHT, baseline="mean"),
+    "group_std": replace(RIGHT, scale="group"),
+    "sampling_temperature": replace(RIGHT, temperature=0.7),
+}
 
 
 def total_variation(logits: Tensor, target: Tensor = TARGET) -> float:
@@ -104,33 +119,12 @@ def test_the_target_is_far_from_the_start() -> None:
     assert total_variation(REFERENCE) > 0.2
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        RIGHT,
-        replace(RIGHT, loss="cispo"),
-        replace(RIGHT, loss="sapo"),
-        replace(RIGHT, noise=0.3),
-        IN_REWARD,
-        replace(IN_REWARD, baseline="mean", scale="batch"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("recipe", REACHING.values(), ids=REACHING)
 def test_right_recipes_reach_the_closed_form(recipe: Recipe) -> None:
     assert total_variation(train(recipe)) < THRESHOLD
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        replace(RIGHT, estimator="k3"),
-        replace(RIGHT, estimator="k1"),
-        replace(RIGHT, baseline="mean"),
-        replace(RIGHT, scale="group"),
-        replace(RIGHT, temperature=0.7),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("recipe", MISSING.values(), ids=MISSING)
 def test_planted_mistakes_miss_the_closed_form(recipe: Recipe) -> None:
     assert total_variation(train(recipe)) > THRESHOLD
 
