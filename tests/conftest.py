@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from jaxtyping import install_import_hook
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
@@ -75,9 +81,131 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
+def new_gemma(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
+    """The Gemma of the package around random weights, both adapters moved off their start; keywords not named here change the config."""
+    from gemma_grpo.config.schema import LoraSettings
+    from gemma_grpo.model.gemma import Gemma
+
+    def build(
+        *, seed: int = 0, lora: LoraSettings | None = None, moved: float = 0.1, dtype: torch.dtype = torch.float32, **changes: object
+    ) -> Gemma:
+        base = random_gemma(tiny_config(**changes), seed=seed).to(dtype)
+        model = Gemma(base, tokenizer, name="tiny", lora=lora or LoraSettings(), seed=seed)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in (*model.adapter_parameters("policy").values(), *model.adapter_parameters("reward").values()):
+                if moved:
+                    parameter.normal_(std=moved)
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder as a hub download leaves it."""
     folder = tmp_path_factory.mktemp("tiny-gemma3")
     random_gemma(tiny_config()).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint for whole trainings: two layers, one of each kind of attention, and replies that stop at different lengths."""
+    folder = tmp_path_factory.mktemp("small-gemma3")
+    model = random_gemma(tiny_config(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]))
+    tokenizer = byte_tokenizer()
+    with torch.no_grad():
+        head = model.get_input_embeddings().weight
+        head[tokenizer.convert_tokens_to_ids("<end_of_turn>")] *= 6
+        head[tokenizer.convert_tokens_to_ids([*"abcdefghijklmnopqrstuvwxyz"])] *= 2
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def pair_row(index: int, turns: int = 1) -> dict[str, str]:
+    """One hh-rlhf row of `turns` human turns; the chosen reply is the shorter one."""
+    talk = "".join(f"\n\nHuman: question {index}.{turn}?\n\nAssistant: answer {turn}." for turn in range(turns - 1))
+    talk += f"\n\nHuman: question {index}?\n\nAssistant: "
+    return {"chosen": f"{talk}yes {index}", "rejected": f"{talk}no, number {index} is not it"}
+
+
+PAIR_ROWS = [pair_row(index, turns=1 + index % 2) for index in range(24)]
+
+
+def mean_letter(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """A reward that tells most completions apart."""
+    return [sum(ids) / len(ids) / 100 for ids in completion_ids]
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """A finished training and what it left behind."""
+
+    trainer: Any
+    evaluation: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        return Path(self.trainer.run_dir)
+
+    def text(self, name: str) -> str:
+        return (self.path / name).read_text(encoding="utf-8")
+
+    def json(self, name: str) -> dict[str, Any]:
+        return dict(json.loads(self.text(name)))
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.text(name).splitlines()]
+
+    def metrics(self, name: str) -> list[float]:
+        """One metric over the steps."""
+        return [line[name] for line in self.lines("metrics.jsonl")]
+
+    def completions(self, field: str) -> list[list[Any]]:
+        """One field of every sampled completion, group by group."""
+        return [[completion[field] for completion in line["completions"]] for line in self.lines("samples.jsonl")]
+
+    def adapter(self, folder: str = "adapter") -> dict[str, torch.Tensor]:
+        return dict(load_file(self.path / folder / "adapter_model.safetensors"))
+
+
+@pytest.fixture(scope="session")
+def tiny_trainer(small_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """A GRPOTrainer on the small model: two steps of two prompts with three completions, no evaluation; keywords change that."""
+    from gemma_grpo import GRPOTrainer
+
+    root, count = tmp_path_factory.mktemp("runs"), itertools.count()
+
+    def build(**settings: Any) -> Any:
+        defaults: dict[str, Any] = {
+            "model_name": str(small_model_dir),
+            "dataset": PAIR_ROWS,
+            "reward": mean_letter,
+            "output_dir": str(root / f"run-{next(count)}"),
+            "learning_rate": 1e-2,
+            "batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "num_generations": 3,
+            "max_steps": 2,
+            "max_completion_length": 6,
+            "gradient_checkpointing": False,
+            "data.holdout": 0.25,
+            "evaluation.num_prompts": 0,
+        }
+        return GRPOTrainer(**{**defaults, **settings})
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def train_tiny(tiny_trainer: Callable[..., Any]) -> Callable[..., TinyRun]:
+    """The same, trained."""
+
+    def train(*, resume: bool = False, **settings: Any) -> TinyRun:
+        trainer = tiny_trainer(**settings)
+        return TinyRun(trainer, trainer.train(resume_from_checkpoint=resume))
+
+    return train

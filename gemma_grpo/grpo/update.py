@@ -59,7 +59,7 @@ class PolicyUpdater:
         self._seed_dropout(step)
         first: dict[str, float] = {}
         sums: dict[str, float] = {}
-        norm, kl_step, passes, taken = 0.0, 0.0, 0, None
+        norm, kl_step, passes, taken, start = 0.0, 0.0, 0, None, None
         for index in range(self.config.planning_steps):
             gradient, sums, logprobs = self._accumulate(batch)
             if index == 0:
@@ -69,8 +69,14 @@ class PolicyUpdater:
                 kl_step = sums["kl_step_sum"] / sums["tokens"]
                 if self._shortened(batch, taken, kl_step) or self.limit.before_pass(kl_step) == "stop":
                     break
-            norm = self._checked_norm(gradient, sums, step)
+            try:
+                norm = self._checked_norm(gradient, sums, step)
+            except FloatingPointError:
+                if start is not None:  # an earlier pass led here
+                    self._restore(start)
+                raise
             taken = (self._snapshot(), gradient, self.learning_rate(step * self.config.planning_steps + index))
+            start = start or taken[0]
             self._apply(gradient, taken[2])
             passes += 1
         else:
