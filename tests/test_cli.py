@@ -215,7 +215,7 @@ def test_the_summary_shows_before_after_gain_and_interval() -> None:
     gold, wins, benign = (" ".join(line.split()) for line in evaluation_lines(evaluation))
     assert gold == "gold score 0.400 -> 0.550 gain +0.150 [95 %: 0.1 to 0.2], 300 replies"
     assert wins == "win rate against before 70.0% [95 %: 65.0% to 75.0%], judged by gold"
-    assert benign == "refusals on benign prompts 12.5% -> 10.0% gain -2.5%, 240 replies"
+    assert benign == "refusals, benign prompts 12.5% -> 10.0% gain -2.5%, 240 replies"
     assert evaluation_lines({}) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import pytest
 from gemma_grpo.cli import run
 from gemma_grpo.monitor.events import RunDirectory
 
+ROWS = Path(os.environ.get("HH_RLHF_DIR", "../shared/data/hh-rlhf"))
 TINY = (
     *("batch_size=2", "gradient_accumulation_steps=1", "num_generations=2", "planning_steps=1", "max_completion_length=4"),
     *("max_prompt_length=200", "max_steps=2", "gradient_checkpointing=false", "precision=fp32"),
@@ -173,6 +175,30 @@ def test_a_folder_that_is_no_run_is_refused(capsys: pytest.CaptureFixture[str], 
 def test_a_model_folder_that_is_not_there_is_refused(prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, train(tmp_path / "no-model", prompts, tmp_path / "run", RULE))
     assert not (tmp_path / "run").exists()
+
+
+# ---- the shipped miniature
+
+
+@pytest.mark.slow
+def test_the_demo_takes_the_whole_road(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "demo"
+    words = ["max_steps=1", "evaluation.num_prompts=16", "reward_model.max_pairs=64"]
+    assert run(["demo", "--seed", "3", "--output-dir", str(output), *words]) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    for name in ("reward adapter", "gold score", "win rate", "refusals, benign prompts", "time", f"report: {output / 'report.html'}"):
+        assert name in printed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ROWS.is_dir(), reason="the hh-rlhf rows are not on this machine (HH_RLHF_DIR)")
+def test_the_miniature_trains_on_real_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ROWS / "harmless-base.dev.jsonl.gz"
+    words = ["max_steps=1", "evaluation.num_prompts=8", "reward_model.max_pairs=32", "batch_size=4"]
+    assert run(["train", "miniature", f"dataset={rows}", f"output_dir={tmp_path / 'run'}", *words]) == 0, capsys.readouterr().err
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    counts = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["data"]
+    assert (counts["rows"], counts["kept"]) == (1700, 1692)
 
 
 # ---- a signal

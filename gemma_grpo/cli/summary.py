@@ -10,11 +10,11 @@ from typing import Any
 
 _NAMES = {
     "gold": "gold score",
-    "reward": "reward (what was trained on)",
-    "refusal_benign": "refusals on benign prompts",
-    "refusal_harmful": "refusals on harmful prompts",
+    "reward": "reward (trained on)",
+    "refusal_benign": "refusals, benign prompts",
+    "refusal_harmful": "refusals, harmful prompts",
     "length": "length in tokens",
-    "kl": "KL to the model before, nat per token",
+    "kl": "KL, nat per token",
 }
 _REWARD_NAMES = {
     "accuracy_against_gold": "against the true score",
@@ -84,7 +84,8 @@ def _accuracy(metric: Mapping[str, Any]) -> str:
 def _change(metric: Mapping[str, Any], *, share: bool) -> str:
     form = ".1%" if share else ".3g" if abs(metric["after"]) >= 10 else ".3f"
     interval = _interval(metric["interval"], share=share) if metric.get("interval") else ""
-    return f"{metric['before']:{form}} -> {metric['after']:{form}}   gain {metric['gain']:+{form}}{interval}, {metric['n']} replies"
+    before, after, gain = (round(metric[key], 6) + 0.0 for key in ("before", "after", "gain"))  # + 0.0: no "-0.000"
+    return f"{before:{form}} -> {after:{form}}   gain {gain:+{form}}{interval}, {metric['n']} replies"
 
 
 def _interval(bounds: list[float], *, share: bool) -> str:
