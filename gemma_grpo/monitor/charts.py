@@ -66,15 +66,16 @@ def curve(
 def calibration_curve(points: Sequence[tuple[float, float, float]], title: str) -> str:
     """Predicted against observed probability, points (predicted, observed, n): on the diagonal a prediction means what it says."""
     kept = sorted(point for point in points if all(math.isfinite(value) for value in point))
+    lowest = min((math.floor(10 * min(p, o)) / 10 for p, o, _ in kept), default=0.0)  # a judge's own side starts at 0.5
     most = max((n for _, _, n in kept), default=1) or 1
     with _style(title):
         figure, axes = _figure(3.4, 3.0)
-        axes.plot([0, 1], [0, 1], color=_INK, alpha=0.55, linewidth=1, linestyle=(0, (4, 3)))
+        axes.plot([lowest, 1], [lowest, 1], color=_INK, alpha=0.55, linewidth=1, linestyle=(0, (4, 3)))
         axes.plot([p for p, _, _ in kept], [o for _, o, _ in kept], color=_COLOURS[0], linewidth=1.5)
         axes.scatter(
             [p for p, _, _ in kept], [o for _, o, _ in kept], s=[12 + 60 * n / most for _, _, n in kept], color=_COLOURS[0], linewidths=0
         )
-        axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal", xlabel="predicted", ylabel="observed")
+        axes.set(xlim=(lowest - 0.03, 1.03), ylim=(lowest - 0.03, 1.03), aspect="equal", xlabel="predicted", ylabel="observed")
         return _svg(figure, title)
 
 

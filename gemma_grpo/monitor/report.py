@@ -193,20 +193,23 @@ def _curves(metrics: Sequence[Record]) -> list[Chart]:
 
 
 def _phases(files: RunFiles) -> list[tuple[str, float]]:
-    """Seconds by phase: of all training steps, and what the whole run took besides."""
-    sums: dict[str, float] = {}
+    """Seconds by phase: what came before training, all training steps, evaluation, and what the whole run took besides."""
+    steps: dict[str, float] = {}
+    stages: dict[str, float] = {}
     for event in files.events:
         seconds = event.get("seconds")
         if event.get("kind") == "step_time" and isinstance(seconds, Mapping):
             for name, value in seconds.items():
-                sums[str(name)] = sums.get(str(name), 0.0) + (real(value) or 0.0)
-    evaluation = real(files.evaluation.get("seconds")) or 0.0
-    if evaluation:
-        sums["evaluation"] = evaluation
+                steps[str(name)] = steps.get(str(name), 0.0) + (real(value) or 0.0)
+        elif event.get("kind") == "phase" and (spent := real(seconds)):
+            name = str(event.get("name"))
+            stages[name] = stages.get(name, 0.0) + spent
+    stages.setdefault("evaluation", real(files.evaluation.get("seconds")) or 0.0)
+    evaluation = stages.pop("evaluation")
+    sums = [*stages.items(), *steps.items(), *([("evaluation", evaluation)] if evaluation else [])]
     started, ended = real(files.run.get("started")), real(files.run.get("ended"))
-    if started is not None and ended is not None and ended - started > sum(sums.values()):
-        sums["reward adapter, loading and the rest"] = ended - started - sum(sums.values())
-    return list(sums.items())
+    rest = ended - started - sum(spent for _, spent in sums) if started is not None and ended is not None else 0.0
+    return [*sums, ("loading and the rest", rest)] if rest > 0 else sums
 
 
 def _many_steps(files: RunFiles) -> bool:

@@ -69,6 +69,8 @@ def make_run(path: Path, text: str) -> Path:
                                                           "rewards/b/mean": 2.0, "kl": 0.01 * step}))  # fmt: skip
             run.append_samples(step, [group(text, text)])
             run.event("step_time", step=step, seconds=seconds)
+        run.event("phase", name="reward adapter", seconds=40.0)
+        run.event("phase", name="evaluation", seconds=3.0)
         run.event("warn", text=text, **{"field": text})
         run.write_json("evaluation.json", evaluation(text))
         run.write_json("reward/calibration.json", calibration(text))
@@ -139,8 +141,8 @@ def test_the_verdict_the_wrong_kind_and_the_parts_are_there(tmp_path: Path) -> N
     assert text.index("Gold 0.30") < text.index("Before and after") < text.index("By kind of request") < text.index("The reward adapter")
     assert "rollout" in text
     assert "6.0 s" in text  # 3 steps of 2 s
-    assert "reward adapter, loading and the rest" in text  # 100 s in all - 9 s of steps - 3 s of evaluation = 88 s
-    assert "1.5 min" in text
+    assert "loading and the rest" in text
+    assert "48.0 s" in text  # 100 s in all - 40 s reward adapter - 9 s of steps - 3 s of evaluation, counted once
     assert "This run is marked “stopped”" in text
 
 
@@ -159,6 +161,17 @@ def test_a_missing_part_is_said_and_the_rest_is_shown(tmp_path: Path, missing: s
 def test_a_run_that_has_only_begun_has_a_report(tmp_path: Path) -> None:
     RunDirectory.create(tmp_path / "run", "seed: 0\n", {"status": "running"}).close()
     assert "Not evaluated." in write_report(tmp_path / "run").read_text(encoding="utf-8")
+
+
+def test_what_could_not_be_scored_and_why_a_run_failed_are_said(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", "plain")
+    with RunDirectory.open(path) as run:
+        run.write_json("evaluation.json", {"unscored": 7})
+        run.update_run(status="failed", error="ValueError: reward r returned nan")
+    text = Page(write_report(path).read_text(encoding="utf-8")).text
+    assert "7 replies could not be scored" in text
+    assert "evaluation.json holds no scores" in text
+    assert "ValueError: reward r returned nan" in text
 
 
 def test_damaged_lines_are_counted_and_a_line_being_written_is_passed_over(tmp_path: Path) -> None:
