@@ -183,7 +183,7 @@ def test_a_model_folder_that_is_not_there_is_refused(prompts: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_the_demo_takes_the_whole_road(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "demo"
-    words = ["max_steps=1", "evaluation.num_prompts=16", "reward_model.max_pairs=64"]
+    words = ["max_steps=1", "evaluation.num_prompts=16", "reward_model.max_pairs=64", "data.holdout=0.03"]
     assert run(["demo", "--seed", "3", "--output-dir", str(output), *words]) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     for name in ("reward adapter", "gold score", "win rate", "refusals, benign prompts", "time", f"report: {output / 'report.html'}"):
@@ -194,7 +194,7 @@ def test_the_demo_takes_the_whole_road(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.skipif(not ROWS.is_dir(), reason="the hh-rlhf rows are not on this machine (HH_RLHF_DIR)")
 def test_the_miniature_trains_on_real_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = ROWS / "harmless-base.dev.jsonl.gz"
-    words = ["max_steps=1", "evaluation.num_prompts=8", "reward_model.max_pairs=32", "batch_size=4"]
+    words = ["max_steps=1", "evaluation.num_prompts=8", "reward_model.max_pairs=32", "batch_size=4", "data.holdout=0.02"]
     assert run(["train", "miniature", f"dataset={rows}", f"output_dir={tmp_path / 'run'}", *words]) == 0, capsys.readouterr().err
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     counts = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["data"]
