@@ -94,11 +94,6 @@ class GroupLayout:
         return self._pack(self.batch.prompt_positions, self.batch.completion_positions)
 
     @cached_property
-    def prompt_index(self) -> Int[Tensor, "N P"]:
-        """Where each prompt token stands in the packed row; meaningless on padding."""
-        return self.batch.prompt_mask.flatten().long().cumsum(0).sub(1).clamp(min=0).view_as(self.batch.prompt_ids)
-
-    @cached_property
     def completion_index(self) -> Int[Tensor, "N G C"]:
         """Where each completion token stands in the packed row; meaningless on padding."""
         mask = self.batch.completion_mask
@@ -108,6 +103,12 @@ class GroupLayout:
     def last_prompt_index(self) -> Int[Tensor, " N"]:
         """Where each prompt's last real token stands in the packed row."""
         return self.batch.prompt_mask.sum(-1).cumsum(0) - 1
+
+    @cached_property
+    def last_completion_index(self) -> Int[Tensor, "N G"]:
+        """Where each completion's last real token stands in the packed row; meaningless for an empty completion."""
+        lengths = self.batch.completion_mask.sum(-1)
+        return self.num_prompt_tokens + lengths.flatten().cumsum(0).view_as(lengths) - 1
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None, dropout: float

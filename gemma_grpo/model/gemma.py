@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.lora import LoraModel
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerBase
@@ -58,27 +58,16 @@ class Gemma:
     def load(cls, name: str, *, lora: LoraSettings, precision: str = "auto", device: torch.device | None = None, seed: int = 0) -> Gemma:
         """A checkpoint by hub id or folder, "miniature" for the shipped one; text decoder only, safetensors only, no remote code.
 
-        Raises ValueError naming what is wrong: not a Gemma 3, custom code in the config, tensors missing, turn tokens elsewhere.
+        Raises ValueError naming what is wrong: not a Gemma 3, custom code in the config, pickled weights, tensors missing, turn
+        tokens elsewhere.
         """
         device = device or default_device()
         path = resolve_model_path(name)
         config = _text_config(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
         _check_tokenizer(tokenizer, name)
-        transformers_logging.disable_progress_bar()  # it would tear the live view
-        loaded: Any = Gemma3ForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=base_dtype(precision, device),
-            key_mapping=_TEXT_DECODER_KEYS,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        base, info = loaded
-        missing = sorted(set(info["missing_keys"]) | {str(key) for key in info["mismatched_keys"]})
-        if missing:
-            raise ValueError(f"{name}: {len(missing)} tensors are missing or misshapen, first {missing[0]}. Download the checkpoint again.")
-        return cls(base.to(device), tokenizer, name=name, lora=lora, seed=seed)
+        base = _load_decoder(path, config, precision, device)
+        return cls(base, tokenizer, name=name, lora=lora, seed=seed)
 
     @property
     def device(self) -> torch.device:
@@ -144,13 +133,16 @@ class Gemma:
                 file.replace(folder / file.name)
 
     def load_adapter(self, role: AdapterRole, path: Path) -> None:
-        """Replace one adapter's weights by those of a PEFT folder of the same shape (safetensors only)."""
-        if not (path / "adapter_model.safetensors").is_file():
-            raise ValueError(f"{path} holds no adapter_model.safetensors. Give the folder of a PEFT adapter.")
+        """Replace one adapter's weights by those of a PEFT folder (safetensors only).
+
+        Raises ValueError, with nothing replaced, when its tensors or its scale are not this run's.
+        """
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            if not (path / file).is_file():
+                raise ValueError(f"{path} holds no {file}. Give the folder of a PEFT adapter.")
         weights = load_peft_weights(str(path), device=str(self.device))
-        own = self.adapter_parameters(role)
-        if len(weights) != len(own):
-            raise ValueError(f"{path} has {len(weights)} tensors, this run's {role} adapter has {len(own)}. Use the same lora settings.")
+        _check_same_tensors(path, weights, self.adapter_parameters(role), role)
+        _check_same_scale(path, self.peft.peft_config[role])
         set_peft_model_state_dict(self.peft, weights, adapter_name=role)
 
     def enable_gradient_checkpointing(self) -> None:
@@ -183,15 +175,66 @@ def _lora_config(lora: LoraSettings) -> LoraConfig:
 
 
 def _text_config(path: str) -> Gemma3TextConfig:
-    config: Any = AutoConfig.from_pretrained(path)
-    if getattr(config, "auto_map", None):
+    # the file itself first: AutoConfig would offer to run the code that an unknown config names
+    raw, _ = Gemma3TextConfig.get_config_dict(path)
+    if raw.get("auto_map"):
         raise ValueError(f"{path}: its config asks for code of its own (auto_map), which is never run. Use a plain Gemma 3 checkpoint.")
-    if config.model_type not in ("gemma3", "gemma3_text"):
-        raise ValueError(f"{path} is a {config.model_type} checkpoint, not a Gemma 3. Try google/gemma-3-4b-it or google/gemma-3-1b-it.")
-    text: Gemma3TextConfig = config.get_text_config()
+    kind = raw.get("model_type")
+    if kind not in ("gemma3", "gemma3_text"):
+        raise ValueError(f"{path} is a {kind} checkpoint, not a Gemma 3. Try google/gemma-3-4b-it or google/gemma-3-1b-it.")
+    text: Gemma3TextConfig = AutoConfig.from_pretrained(path).get_text_config()
     if text.final_logit_softcapping is not None or text.attn_logit_softcapping is not None:
         raise ValueError(f"{path} soft-caps its logits, which no released Gemma 3 does. Use an original Gemma 3 checkpoint.")
     return text
+
+
+def _load_decoder(path: str, config: Gemma3TextConfig, precision: str, device: torch.device) -> Gemma3ForCausalLM:
+    """The text decoder of a checkpoint, every tensor accounted for."""
+    if Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
+        raise ValueError(f"{path} holds no .safetensors file, and pickled weights (.bin, .pt) are never read. Save it as safetensors.")
+    transformers_logging.disable_progress_bar()  # it would tear the live view
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it would list every tensor of the vision tower as unexpected
+    try:
+        loaded: Any = Gemma3ForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=base_dtype(precision, device),
+            key_mapping=_TEXT_DECODER_KEYS,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below, like the missing ones, instead of sending the reader to a table
+        )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    wrong = sorted({*loaded[1]["missing_keys"], *(key for key, *_ in loaded[1]["mismatched_keys"])})
+    if wrong:
+        raise ValueError(f"{path}: {len(wrong)} tensors are missing or misshapen, first {wrong[0]}. Download the checkpoint again.")
+    base: Gemma3ForCausalLM = loaded[0].to(device)
+    return base
+
+
+def _check_same_tensors(path: Path, weights: Mapping[str, Tensor], own: Mapping[str, Tensor], role: AdapterRole) -> None:
+    # peft writes   base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight,
+    # a parameter is                 model.layers.0.self_attn.q_proj.lora_A.policy.weight
+    expected = {f"base_model.model.{name.replace(f'.{role}.', '.')}": tuple(weight.shape) for name, weight in own.items()}
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    differing = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+    if differing:
+        first = differing[0]
+        raise ValueError(
+            f"{path} is not an adapter of this run's shape: {len(differing)} tensors differ, first {first}, which is "
+            f"{found.get(first, 'absent')} there and {expected.get(first, 'absent')} here. Use the lora settings it was trained with."
+        )
+
+
+def _check_same_scale(path: Path, own: PeftConfig) -> None:
+    # the weights alone do not say by how much they count: another alpha is a silently different model
+    saved = LoraConfig.from_pretrained(str(path))
+    for field in ("r", "lora_alpha", "use_rslora", "use_dora"):
+        found, expected = getattr(saved, field), getattr(own, field)
+        if found != expected:
+            raise ValueError(f"{path} was trained with {field}={found}, this run has {expected}. Use the settings it was trained with.")
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:

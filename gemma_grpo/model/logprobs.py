@@ -40,9 +40,9 @@ def shifted(layout: GroupLayout) -> Int[Tensor, " T"]:
 
     prompt [p0 p1 p2], completion [a b c]:  a <- p2,  b <- a,  c <- b
     """
-    mask, index = layout.batch.completion_mask, layout.completion_index
-    first = layout.last_prompt_index[:, None, None].expand(*mask.shape[:2], 1)
-    return torch.cat([first, index[..., :-1]], dim=-1)[mask]
+    mask = layout.batch.completion_mask
+    is_first = mask.long().cumsum(-1) == 1
+    return torch.where(is_first, layout.last_prompt_index[:, None, None], layout.completion_index - 1)[mask]
 
 
 def token_logprobs(

@@ -39,8 +39,7 @@ class Judge:
     def log_odds(self, batch: GroupBatch) -> Float[Tensor, "N G"]:
         """logit(Yes) - logit(No) after the last token of each completion, which ends with the suffix; of the model's present role."""
         layout = GroupLayout(batch)
-        ends = batch.completion_mask.sum(-1, keepdim=True) - 1
-        last = layout.completion_index.gather(-1, ends)[..., 0]  # (N, G)
+        last = layout.last_completion_index  # (N, G)
         hidden = self.model.hidden_states(layout)[last.flatten()]
         head = self.model.head_weight
         # two rows of the head instead of 262,144; their difference is taken in float32
@@ -89,7 +88,7 @@ def train_reward_adapter(
     """One epoch of Bradley-Terry over the pairs, in place on the "reward" adapter: AdamW, warm-up over a tenth, then linear to 0.
 
     Both sides of a pair are always in one batch, and their conversation is computed once. Raises FloatingPointError on a
-    loss that is not finite, before the update.
+    loss or gradient that is not finite, before the update.
     """
     order = sorted(pairs, key=lambda item: hashlib.sha256(f"{seed}/{item.pair.pair_id}".encode()).digest())
     updates = -(-len(order) // settings.batch_size)
@@ -107,7 +106,8 @@ def train_reward_adapter(
                     f"reward adapter: the loss is {loss.item()} at update {update + 1}. Lower reward_model.learning_rate."
                 )
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not torch.isfinite(torch.nn.utils.clip_grad_norm_(parameters, 1.0)):
+            raise FloatingPointError(f"reward adapter: a gradient is not finite at update {update + 1}. Lower reward_model.learning_rate.")
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
