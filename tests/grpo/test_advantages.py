@@ -167,6 +167,9 @@ def test_gdpo_leaves_out_what_a_part_could_not_score() -> None:
     torch.testing.assert_close(actual, by_hand)
     assert actual[0, 1] != 0
     assert actual[2, 3] == 0
+    counted = torch.ones(5, 4, dtype=torch.bool)
+    counted[2, 3] = False  # the batch std is over what at least one part scored
+    torch.testing.assert_close(gdpo(torch.stack([first, second]), weights, "batch"), by_hand / (by_hand[counted].std() + 1e-4))
 
 
 @pytest.mark.parametrize("scale", SCALES)
