@@ -52,9 +52,8 @@ def save_checkpoint(
     (staging / "state.json").write_text(json.dumps({"step": step, **state}, allow_nan=False, indent=1), encoding="utf-8")
     hashes = {name: _sha256(staging / name) for name in _files(staging)}
     (staging / MANIFEST).write_text(json.dumps({"step": step, "sha256": hashes}, indent=1), encoding="utf-8")
-    for name in [*_files(staging)]:
-        _sync(staging / name)
-    _sync(staging)
+    for path in [*staging.rglob("*"), staging]:  # folders too: a file whose name is lost is lost
+        _sync(path)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(staging, final)
     _sync(folder)
@@ -79,8 +78,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """One checkpoint, every file compared with its hash. Raises CheckpointError naming the file that differs."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        hashes, step = manifest["sha256"], int(manifest["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        hashes, step = dict(manifest["sha256"]), int(manifest["step"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path}: its {MANIFEST} cannot be read ({error}).") from error
     found = {name: _sha256(path / name) for name in _files(path) if name != MANIFEST}
     if found != hashes or path.name != f"step-{step:08d}":
