@@ -174,30 +174,34 @@ def test_when_none_is_whole_every_one_is_named_with_its_file(folder: Path) -> No
     assert isinstance(error.value, ValueError)
 
 
-class Interrupted(BaseException):
-    """Stands for the process being killed."""
-
-
 @pytest.mark.parametrize("written", ["nothing", "part", "all"])
-def test_a_save_cut_short_leaves_the_older_checkpoint_and_the_next_save_clears_up(folder: Path, written: str) -> None:
-    shutil.rmtree(folder / "step-00000012")
-
-    def die(staging: Path) -> None:
-        if written != "nothing":
-            write_policy(staging, seed=3)
-        raise Interrupted
-
+def test_what_a_killed_save_left_is_no_checkpoint_and_the_next_save_clears_it_away(folder: Path, written: str) -> None:
+    left = folder / ".tmp-step-00000012"
     if written == "all":  # killed between the last byte and the rename
-        save(folder, 12).rename(folder / ".tmp-step-00000012")
+        (folder / "step-00000012").rename(left)
     else:
-        with pytest.raises(Interrupted):
-            save_checkpoint(folder, 12, save_policy=die, optimizer={}, state={})
-    assert ".tmp-step-00000012" in names(folder)
+        shutil.rmtree(folder / "step-00000012")
+        left.mkdir()
+    if written == "part":
+        write_policy(left, seed=3)
     latest = latest_checkpoint(folder)
     assert latest is not None
     assert latest.step == 9
-    assert read_checkpoint(save(folder, 12, seed=4)).policy.is_dir()
+    assert torch.equal(read_checkpoint(save(folder, 12, seed=4)).optimizer["half"], moments(4)["half"])
     assert names(folder) == {"step-00000009", "step-00000012"}
+
+
+@pytest.mark.parametrize("reason", [KeyboardInterrupt, MemoryError])
+def test_a_save_that_fails_leaves_the_older_checkpoint(folder: Path, reason: type[BaseException]) -> None:
+    def fail(staging: Path) -> None:
+        write_policy(staging, seed=3)
+        raise reason
+
+    with pytest.raises(reason):
+        save_checkpoint(folder, 13, save_policy=fail, optimizer={}, state={})
+    latest = latest_checkpoint(folder)
+    assert latest is not None
+    assert latest.step == 12
 
 
 def test_saving_a_step_again_replaces_it(folder: Path) -> None:

@@ -126,11 +126,12 @@ class Gemma:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as staging:
             self.peft.save_pretrained(staging, selected_adapters=[role], save_embedding_layers=False)
-            for stale in folder.glob("adapter_*"):
-                stale.unlink()
             folder.mkdir(exist_ok=True)
-            for file in (Path(staging) / role).iterdir():
-                file.replace(folder / file.name)
+            # the new ones in place before anything goes: a stop in between must not leave a folder without an adapter
+            new = {file.replace(folder / file.name).name for file in (Path(staging) / role).iterdir()}
+        for stale in folder.glob("adapter_*"):
+            if stale.name not in new:
+                stale.unlink()
 
     def load_adapter(self, role: AdapterRole, path: Path) -> None:
         """Replace one adapter's weights by those of a PEFT folder (safetensors only).

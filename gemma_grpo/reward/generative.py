@@ -95,6 +95,7 @@ def train_reward_adapter(
     parameters = list(judge.model.adapter_parameters("reward").values())
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
     warmup = max(1, updates // 10)
+    torch.manual_seed(seed)  # dropout, where it is on, is part of the run
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda u: min((u + 1) / warmup, (updates - u) / max(1, updates - warmup)))
     for update in range(updates):
         batch = order[update * settings.batch_size : (update + 1) * settings.batch_size]

@@ -19,7 +19,11 @@ from gemma_grpo.model.attention import ATTENTION_NAME, DecodeLayout, GroupLayout
 from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.model.logprobs import completion_logprobs
 
-THREE_LAYERS = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+THREE_LAYERS = {
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "query_pre_attn_scalar": 28,  # not the head's width, as in the 27b: the default scale would be wrong
+}
 PROMPTS = [[2, 150, 151, 152, 153, 154, 155, 156, 157, 158, 159, 160], [2, 170]]
 COMPLETIONS = [[[210, 211, 212, 213, 214, 215, 216, 217, 218, 106], [220, 106]], [[106], [230, 231, 232, 233, 106]]]
 """Against a window of 8 or 4: a prompt that is longer, a completion that crosses it, and short ones of both."""

@@ -226,6 +226,15 @@ def test_save_and_load_is_a_round_trip_between_runs_and_roles(saved: tuple[Gemma
     assert not wants_gradients(other)
 
 
+@pytest.mark.parametrize("role", ["policy", "reward"])
+def test_each_role_is_saved_with_its_own_weights(new_gemma: Callable[..., Gemma], tmp_path: Path, role: Any) -> None:
+    model = new_gemma()
+    model.save_adapter(role, tmp_path / "nested" / "adapter")
+    written = load_file(tmp_path / "nested" / "adapter" / "adapter_model.safetensors")
+    own = {"base_model.model." + name.replace(f".{role}.", "."): weight for name, weight in model.adapter_parameters(role).items()}
+    assert unchanged(written, own)
+
+
 def test_saving_again_replaces_the_older_adapter_and_leaves_no_staging(saved: tuple[Gemma, Path]) -> None:
     model, folder = saved
     (folder / "calibration.json").write_text("{}")

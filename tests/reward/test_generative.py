@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from gemma_grpo.config.schema import RewardModelSettings
+from gemma_grpo.config.schema import LoraSettings, RewardModelSettings
 from gemma_grpo.data.chat import judge_suffix_ids, prompt_ids, reply_ids
 from gemma_grpo.data.prompts import EncodedPair, encode_pairs
 from gemma_grpo.model.attention import ATTENTION_NAME
@@ -147,12 +147,12 @@ def test_a_dialogue_too_long_loses_its_oldest_turns_and_no_token_of_a_reply(mode
 
 
 def test_bradley_terry_by_hand() -> None:
-    rewards = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    rewards = torch.tensor([[2.0, 1.0], [0.0, 2.0]])
     # -log sigmoid(1) = ln(1 + e^-1), -log sigmoid(-2) = ln(1 + e^2)
     wins, loses = math.log1p(math.exp(-1)), math.log1p(math.exp(2))
     assert bradley_terry_loss(rewards).item() == pytest.approx((wins + loses) / 2)
-    # sums 1 and 2, squared 1 and 4
-    assert bradley_terry_loss(rewards, centering=0.1).item() == pytest.approx((wins + 0.1 + loses + 0.4) / 2)
+    # sums 3 and 2, squared 9 and 4
+    assert bradley_terry_loss(rewards, centering=0.1).item() == pytest.approx((wins + 0.9 + loses + 0.4) / 2)
     # the other label: -log sigmoid(-1) = 1 + wins, -log sigmoid(2) = loses - 2
     smoothed = 0.8 * (wins + loses) / 2 + 0.2 * (wins + 1 + loses - 2) / 2
     assert bradley_terry_loss(rewards, label_smoothing=0.2).item() == pytest.approx(smoothed)
@@ -204,8 +204,10 @@ def test_training_on_separable_pairs_raises_held_out_accuracy(new_gemma: Callabl
 
 
 def trained(new_gemma: Callable[..., Gemma], *, seed: int = 0, shuffle: bool = False, **changes: Any) -> list[torch.Tensor]:
-    model = new_gemma(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], sliding_window=32)
+    lora = LoraSettings(dropout=changes.pop("dropout", 0.0))
+    model = new_gemma(lora=lora, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], sliding_window=32)
     pairs = new_pairs(model, 12)
+    torch.rand(changes.pop("drawn_before", 0))
     train_reward_adapter(Judge(model), pairs[::-1] if shuffle else pairs, SETTINGS.model_copy(update=changes), seed=seed)
     return weights(model, "reward")
 
@@ -214,6 +216,12 @@ def test_training_depends_on_the_seed_and_the_pairs_and_not_on_their_order(new_g
     first = trained(new_gemma)
     assert all(map(torch.equal, first, trained(new_gemma, shuffle=True)))
     assert not all(map(torch.equal, first, trained(new_gemma, seed=1)))
+
+
+def test_dropout_drops_the_same_in_every_run_of_a_seed(new_gemma: Callable[..., Gemma]) -> None:
+    first = trained(new_gemma, dropout=0.5, drawn_before=0)
+    assert all(map(torch.equal, first, trained(new_gemma, dropout=0.5, drawn_before=7)))
+    assert not all(map(torch.equal, first, trained(new_gemma)))
 
 
 @pytest.mark.parametrize("change", [{"learning_rate": 1e-3}, {"batch_size": 4}, {"centering": 1.0}, {"label_smoothing": 0.2}])

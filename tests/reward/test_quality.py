@@ -79,22 +79,22 @@ def pair(chosen_words: int, rejected_words: int, source: str = "a", **columns: s
 
 
 PAIRS = [pair(9, 1), pair(3, 3, "b"), pair(1, 5), pair(2, 4, "b"), pair(8, 1), pair(1, 2, "b"), pair(7, 1), pair(1, 9)]
-SCORES = torch.tensor([[2.0, 0], [0, 1], [1, 0], [0, 0], [0, 3], [1, 0], [5, 0], [0, 1]])
+SCORES = torch.tensor([[2.0, 0], [2, 1], [1, 0], [0, 0], [0, 3], [1, 0], [5, 0], [0, 1]])
 ZERO_SHOT = torch.tensor([[1.0, 0]] * 6 + [[0, 1]] * 2)
 
 
 def test_the_report_by_hand() -> None:
     report = quality_report(PAIRS, SCORES, ZERO_SHOT)
     assert report["pairs_held_out"] == 8
-    assert report["accuracy"]["value"] == 4.5 / 8  # right: 0 2 5 6, a tie: 3
+    assert report["accuracy"]["value"] == 5.5 / 8  # right: 0 1 2 5 6, a tie: 3
     assert report["accuracy_zero_shot"]["value"] == 6 / 8
     assert report["longer_wins"] == accuracy(torch.tensor([1.0, 0, -1, -1, 1, -1, 1, -1]))  # chosen longer: 0 4 6, equal: 1
     assert report["longer_wins"]["value"] == 3.5 / 8
-    # the two of eight pairs closest in length: 1 (same length, wrong) and 5 (one word, right)
-    assert (report["closest_length_quarter"]["value"], report["closest_length_quarter"]["n"]) == (0.5, 2)
+    # the two of eight pairs closest in length: 1 (same length) and 5 (one word), both right
+    assert (report["closest_length_quarter"]["value"], report["closest_length_quarter"]["n"]) == (1.0, 2)
     assert {source: part["n"] for source, part in report["by_source"].items()} == {"a": 5, "b": 3}
     assert report["by_source"]["a"]["value"] == 3 / 5
-    assert report["by_source"]["b"]["value"] == 1.5 / 3
+    assert report["by_source"]["b"]["value"] == 2.5 / 3
     assert report["by_kind"] == {}
     assert sum(bin_["n"] for bin_ in report["calibration"]) == 8
 
