@@ -9,11 +9,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,7 +23,7 @@ MANIFEST = "MANIFEST.json"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, with the reason."""
+    """A checkpoint that cannot be used or written, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -40,23 +42,40 @@ class Checkpoint:
         return self.path / "policy"
 
 
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Turns what a full disk raises while `path` is written into a CheckpointError that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        remedy = "Free some room and check the folder's permissions; what was written before is intact, and --resume goes on from it."
+        raise CheckpointError(f"{path} was not written ({error}). {remedy}") from error
+
+
 def save_checkpoint(
     folder: Path, step: int, *, save_policy: Callable[[Path], Any], optimizer: Mapping[str, Tensor], state: Mapping[str, Any]
 ) -> Path:
-    """Write `folder/step-00000012`; it exists whole or not at all. `save_policy` writes the adapter into the folder it is given."""
+    """Write `folder/step-00000012`; it exists whole or not at all. `save_policy` writes the adapter into the folder it is given.
+
+    Raises CheckpointError when the disk will not take it.
+    """
     final, staging = folder / f"step-{step:08d}", folder / f".tmp-step-{step:08d}"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    save_policy(staging)
-    save_file(dict(optimizer), staging / "optimizer.safetensors")
-    (staging / "state.json").write_text(json.dumps({"step": step, **state}, allow_nan=False, indent=1), encoding="utf-8")
-    hashes = {name: _sha256(staging / name) for name in _files(staging)}
-    (staging / MANIFEST).write_text(json.dumps({"step": step, "sha256": hashes}, indent=1), encoding="utf-8")
-    for path in [*staging.rglob("*"), staging]:  # folders too: a file whose name is lost is lost
-        _sync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(staging, final)
-    _sync(folder)
+    with saving(final):
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            staging.mkdir(parents=True)
+            save_policy(staging)
+            save_file(dict(optimizer), staging / "optimizer.safetensors")
+            _write_json(staging / "state.json", {"step": step, **state})
+            _write_json(staging / MANIFEST, {"step": step, "sha256": {name: _sha256(staging / name) for name in _files(staging)}})
+            for path in [*staging.rglob("*"), staging]:  # folders too: a file whose name is lost is lost
+                _sync(path)
+        except (OSError, SafetensorError):
+            shutil.rmtree(staging, ignore_errors=True)  # it takes the room that is missing
+            raise
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(staging, final)
+        _sync(folder)
     return final
 
 
@@ -87,6 +106,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: {differing[0]} is not what was written.")
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     return Checkpoint(path, step, state, load_file(path / "optimizer.safetensors"))
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, allow_nan=False, indent=1), encoding="utf-8")
 
 
 def _files(folder: Path) -> list[str]:

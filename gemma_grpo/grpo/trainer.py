@@ -14,12 +14,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from gemma_grpo.checkpoint import latest_checkpoint, save_checkpoint
+from gemma_grpo.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint, saving
 from gemma_grpo.config import GRPOConfig, build_config, dump_recipe, load_recipe
+from gemma_grpo.data.hh_rlhf import LoadedPairs
 from gemma_grpo.data.prompts import order
 from gemma_grpo.data.sources import DataError
 from gemma_grpo.grpo.assess import evaluate_policy, train_and_measure_reward
-from gemma_grpo.grpo.setup import TRAINED, build_reward_stack, build_training_data, gold_margin, known_gold, load_rows, reward_weights
+from gemma_grpo.grpo.setup import TRAINED, Rows, build_reward_stack, build_training_data, gold_margin, known_gold, load_rows, reward_weights
 from gemma_grpo.grpo.step import Stepper
 from gemma_grpo.grpo.update import PolicyUpdater
 from gemma_grpo.model.gemma import Gemma
@@ -76,6 +77,7 @@ class GRPOTrainer:
         self.weights = reward_weights(reward, config)
         self._run: RunDirectory | None = None
         self._calibration: dict[str, Any] = {}
+        self._prepared, self._for_reward_alone = False, False
         self.step = 0
 
     # ---- what a user calls
@@ -86,19 +88,21 @@ class GRPOTrainer:
         With resume_from_checkpoint the run in output_dir goes on after its newest checkpoint.
         """
         with self._running(resume=bool(resume_from_checkpoint)):
-            if resume_from_checkpoint:
+            checkpoint = self._checkpoint_to_go_on_from() if resume_from_checkpoint else None
+            if checkpoint is not None:
                 self._load_reward()
-            elif TRAINED in self.weights:
+            elif TRAINED in self.weights and not self._calibration:
                 self._train_reward()
             self._build_rewards()
-            if resume_from_checkpoint:
-                self._resume()
+            if checkpoint is not None:
+                self._go_on_from(checkpoint)
             self._loop()
             self.save_model(self.run.adapter)
             return self.evaluate()
 
     def train_reward(self) -> dict[str, Any]:
         """Only the reward adapter: trained on the pairs, measured on held-out ones, written to the run's reward folder."""
+        self._for_reward_alone = True
         with self._running(resume=False):
             return self._train_reward()
 
@@ -115,7 +119,8 @@ class GRPOTrainer:
 
     def save_model(self, folder: str | Path) -> Path:
         """Write the policy adapter as a PEFT folder, loadable with PeftModel.from_pretrained on the same base."""
-        self.model.save_adapter("policy", Path(folder))
+        with saving(Path(folder)):
+            self.model.save_adapter("policy", Path(folder))
         return Path(folder)
 
     def dry_run(self) -> dict[str, Any]:
@@ -176,13 +181,14 @@ class GRPOTrainer:
         if self._run is None:
             self._open_run(resume=resume)
         try:
-            if not hasattr(self, "model"):
-                self._prepare()
+            self._prepare()
             self.run.event("start", resume=resume)
             yield
         except BaseException as error:
-            self.run.event("error", text=f"{type(error).__name__}: {error}")
-            self.run.update_run(status="failed", ended=time.time(), error=f"{type(error).__name__}: {error}")
+            stopped = isinstance(error, KeyboardInterrupt)
+            status, text = ("stopped", "stopped by a signal") if stopped else ("failed", f"{type(error).__name__}: {error}")
+            self.run.event("error", text=text)
+            self.run.update_run(status=status, ended=time.time(), error=text)
             raise
         else:
             self.run.event("end", step=self.step)
@@ -198,6 +204,7 @@ class GRPOTrainer:
             if config.output_dir is None:
                 raise ValueError("resume_from_checkpoint needs output_dir: the folder of the run to go on with.")
             self._run = RunDirectory.open(config.output_dir)
+            self._run.update_run(status="running", ended=None, error=None)
             return
         stem = f"{config.model_name.rstrip('/').rpartition('/')[2]}-{Path(config.dataset).name.partition('.')[0]}"
         path = Path(config.output_dir) if config.output_dir else next_run_path("runs", stem)
@@ -212,12 +219,21 @@ class GRPOTrainer:
             "versions": {name: version(name) for name in ("gemma-grpo", "torch", "transformers", "peft")},
             "completions_per_update": config.completions_per_step,
         }
-        self._run = RunDirectory.create(path, dump_recipe(config), info)
+        self._run = RunDirectory.create(path, dump_recipe(config), info, needed_bytes=self._bytes_to_write())
+
+    def _bytes_to_write(self) -> int:
+        """What checkpoints and adapters will take: in a checkpoint Adam's two moments lie beside the weights."""
+        adapter = sum(weight.numel() * weight.element_size() for weight in self.model.adapter_parameters("policy").values())
+        every = 0 if self._for_reward_alone else self.config.save_steps
+        return adapter * (3 * (self.total_steps // every if every else 0) + 5)
 
     def _prepare(self) -> None:
-        """Load the model, tokenise the data, lay out the steps."""
+        """Load the model, tokenise the data, lay out the steps; once."""
+        if self._prepared:
+            return
         config = self.config
         rows = getattr(self, "_rows", None) or load_rows(self._dataset, config.data.source)
+        self._check_reward_can_be_had(rows)
         self.view.phase("loading", config.model_name)
         self.model = Gemma.load(config.model_name, lora=config.lora, precision=config.precision, seed=config.seed)
         if config.gradient_checkpointing:
@@ -229,14 +245,28 @@ class GRPOTrainer:
         if config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.max_steps)
         self.updater = PolicyUpdater(self.model, config, self.total_steps)
-        self._check_reward_can_be_had()
+        self._check_pairs_are_left(rows)
+        self._prepared = True
 
-    def _check_reward_can_be_had(self) -> None:
-        if TRAINED in self.weights and not self.data.pairs and self.config.reward_model.path is None:
+    def _check_reward_can_be_had(self, rows: Rows) -> None:
+        if self._must_train_reward and not isinstance(rows, LoadedPairs):
             raise DataError(
                 f"the dataset {self.config.dataset} has prompts but no preference pairs, so there is nothing to train the reward on. "
                 "Give reward=(a function or a name), reward_model.path=(a trained reward adapter), or reward=judge for the zero-shot judge."
             )
+
+    def _check_pairs_are_left(self, rows: Rows) -> None:
+        if self._must_train_reward and not self.data.pairs:
+            config, counts = self.config, self.data.counts
+            raise DataError(
+                f"no training pair is left of {rows.kept} rows (dropped: {counts['pairs_dropped']}, held out: {counts['pairs_held_out']}). "
+                f"Raise reward_model.max_length ({config.reward_model.max_length}), lower data.holdout ({config.data.holdout}), "
+                "or give more rows."
+            )
+
+    @property
+    def _must_train_reward(self) -> bool:
+        return (TRAINED in self.weights or self._for_reward_alone) and self.config.reward_model.path is None
 
     def _product(self) -> str:
         config = self.config
@@ -252,10 +282,8 @@ class GRPOTrainer:
 
     def _train_reward(self) -> dict[str, Any]:
         if self.config.reward_model.path is not None:
-            self._load_reward(Path(self.config.reward_model.path))
+            self._load_reward()
             return self._calibration
-        if not self.data.pairs:
-            self._check_reward_can_be_had()
         self.view.phase("reward adapter", f"no reward given: training one on {len(self.data.pairs)} preference pairs")
         started = time.perf_counter()
         self._calibration = train_and_measure_reward(
@@ -267,7 +295,8 @@ class GRPOTrainer:
             gold=gold_margin(self._dataset),
             progress=self._reward_progress,
         )
-        self.model.save_adapter("reward", self.run.reward)
+        with saving(self.run.reward):
+            self.model.save_adapter("reward", self.run.reward)
         self.run.write_json("reward/calibration.json", self._calibration)
         self.run.event("phase", name="reward adapter", seconds=time.perf_counter() - started)
         return self._calibration
@@ -276,10 +305,11 @@ class GRPOTrainer:
         self.run.event("reward_training", update=update, loss=loss, accuracy=accuracy)
         self.view.reward_training(update, total, loss, accuracy)
 
-    def _load_reward(self, folder: Path | None = None) -> None:
+    def _load_reward(self) -> None:
         if TRAINED not in self.weights:
             return
-        folder = folder or self.run.reward
+        given = self.config.reward_model.path
+        folder = self.run.reward if given is None else Path(given)
         self.model.load_adapter("reward", folder)
         path = folder / "calibration.json"
         if not path.is_file():
@@ -303,10 +333,13 @@ class GRPOTrainer:
         )
         self.run.event("checkpoint", step=self.step, path=path.name)
 
-    def _resume(self) -> None:
+    def _checkpoint_to_go_on_from(self) -> Checkpoint:
         checkpoint = latest_checkpoint(self.run.checkpoints)
         if checkpoint is None:
             raise ValueError(f"{self.run.path} has no checkpoint to go on from. Train it again in another output_dir.")
+        return checkpoint
+
+    def _go_on_from(self, checkpoint: Checkpoint) -> None:
         self.model.load_adapter("policy", checkpoint.policy)
         self.updater.load(checkpoint.optimizer, checkpoint.state["controllers"])
         self.run.truncate(checkpoint.state["offsets"])
