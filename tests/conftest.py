@@ -27,6 +27,7 @@ CHECKED_MODULES = [
     "gemma_grpo.model.precision",
     "gemma_grpo.reward.generative",
     "gemma_grpo.reward.quality",
+    "gemma_grpo.rollout.local",
     "gemma_grpo.rollout.sampling",
 ]
 install_import_hook(CHECKED_MODULES, "beartype.beartype")

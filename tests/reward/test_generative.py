@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerFast
 
 from gemma_grpo.config.schema import LoraSettings, RewardModelSettings
+from gemma_grpo.data.batch import GroupBatch, pad_rollouts
 from gemma_grpo.data.chat import judge_suffix_ids, prompt_ids, reply_ids
 from gemma_grpo.data.prompts import EncodedPair, encode_pairs
 from gemma_grpo.model.attention import ATTENTION_NAME
@@ -94,6 +97,29 @@ def test_the_batch_changes_no_score(model: Gemma, prompts_per_pass: int) -> None
             assert alone[0] == pytest.approx(together[n][g], abs=2e-5)
     assert reward.score(groups[::-1])[::-1] == [pytest.approx(row, abs=2e-5) for row in together]
     assert reward.score([]) == []
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 3), (3, 0), (2, 2)])
+def test_padding_changes_no_score(model: Gemma, left: int, right: int) -> None:
+    judge = Judge(model)
+    batch = pad_rollouts([new_group(model, f"question {n}?", replies) for n, replies in enumerate(REPLIES)], judge.suffix)
+
+    def wider(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return pad(ids, (left, right), value=106), pad(mask, (left, right), value=False)
+
+    padded = GroupBatch(*wider(batch.prompt_ids, batch.prompt_mask), *wider(batch.completion_ids, batch.completion_mask))
+    with torch.no_grad(), model.role("reward"):
+        assert torch.allclose(judge.log_odds(padded), judge.log_odds(batch), rtol=1e-6, atol=2e-6)
+
+
+def test_bfloat16_scores_are_near_float32_ones(new_gemma: Callable[..., Gemma]) -> None:
+    exact, rounded = (
+        GenerativeReward(new_gemma(dtype=dtype, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]))
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    groups = [new_group(exact.judge.model, f"question {n}?", replies) for n, replies in enumerate(REPLIES)]
+    scores, near = (torch.tensor(reward.score(groups)) for reward in (exact, rounded))
+    assert (scores - near).abs().max() < scores.std() / 2
 
 
 def test_scoring_leaves_the_model_as_it_was(model: Gemma) -> None:
