@@ -89,7 +89,7 @@ def _loaded(small_model_dir: Path) -> tuple[Gemma, dict[str, Tensor]]:
     start = {}
     for name, parameter in model.adapter_parameters("policy").items():
         # both factors differ from 0, so that the policy is not the reference and both have a gradient
-        start[name] = torch.randn(parameter.shape, generator=generator) * 0.1
+        start[name] = torch.randn(parameter.shape, generator=generator) * 0.05
     return model, start
 
 
