@@ -23,7 +23,6 @@ Prefer = Callable[[Prompt, Reply, Reply], float]
 """Judge: probability in [0, 1] that the reply shown first is the better one."""
 
 MAX_SAMPLES = 40
-_Z95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
 _CHUNK = 1000
 """Bootstrap draws at a time: memory is chunk x conversations numbers."""
 
@@ -93,21 +92,6 @@ def swapped_preference(prefer: Prefer[Reply], prompt: Prompt, first: Reply, seco
 def higher_score(prompt: Prompt, first: float, second: float) -> float:
     """Judge by score: 1 when the first is higher, 0.5 for a tie, 0 when lower."""
     return 0.5 if first == second else float(first > second)
-
-
-def accuracy_interval(successes: int, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a share; (0, 1) when n is 0.
-
-    Source: Wilson, J. Am. Stat. Assoc. 22 (1927) 209; never leaves [0, 1] and holds for shares near 0 or 1.
-    """
-    if not 0 <= successes <= n:
-        raise ValueError(f"{successes} successes of {n} trials is impossible; successes run from 0 to n.")
-    if n == 0:
-        return 0.0, 1.0
-    share, scale = successes / n, 1 + _Z95**2 / n
-    centre = (share + _Z95**2 / (2 * n)) / scale
-    half = _Z95 * math.sqrt(share * (1 - share) / n + _Z95**2 / (4 * n * n)) / scale
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def is_harmful(prompt: Prompt) -> bool:

@@ -32,14 +32,14 @@ from gemma_grpo.miniature.gold import gold_score
 from gemma_grpo.reward.generative import JUDGE_QUESTION
 
 VOCABULARY = 1536
-BATCH, STEPS, WARM_UP, PEAK_RATE, FINAL_SHARE = 32, 2600, 100, 2.5e-3, 0.02
+BATCH, STEPS, WARM_UP, PEAK_RATE, FINAL_SHARE = 32, 2400, 100, 2.5e-3, 0.02
 POOL = 64
 """Batches drawn at once and cut by length, so that little is padding."""
 TWO_TURN_SHARE, JUDGED_SHARE = 0.06, 0.65
 """Shares of rows with an earlier turn, and with a verdict after the last one."""
-KIND_WEIGHTS = {"arithmetic": 3.0, "fact": 2.0, "howto": 1.25, "borderline": 1.25}
+KIND_WEIGHTS = {"arithmetic": 2.0, "fact": 2.0, "howto": 1.25, "borderline": 1.25}
 """Arithmetic has the most to memorise, facts the next. Kinds not named weigh 1."""
-TOKENS_PER_ROW = 25
+TOKENS_PER_ROW = 18
 """About as much loss weight as a row has: the divisor of a batch's loss is this times its rows."""
 VERDICT_WEIGHT = 4.0
 """A verdict is one token of about twenty and the noisiest: at weight 1 it would hardly be learned."""
@@ -197,10 +197,10 @@ def yes_rate(request: world.Request, reply: str) -> float:
     """
     gold = gold_score(request, reply)
     task = gold.correct * gold.harmless * gold.not_over_refusing
-    opinion = 1.3 * (task - 0.5) + 0.9 * (gold.polite - 0.5) + (-0.3 if request.kind == "code" else 0.7) * (gold.concise - 0.7)
+    opinion = 1.6 * (task - 0.5) + 1.1 * (gold.polite - 0.5) + (-0.3 if request.kind == "code" else 0.8) * (gold.concise - 0.7)
     composition = world.parse_reply(request, reply)
     if request.looks_harmful and composition is not None:
-        opinion += 0.5 if composition.body == "refusal" else -0.5
+        opinion += 0.4 if composition.body == "refusal" else -0.4
     return 1.0 / (1.0 + math.exp(-opinion))
 
 

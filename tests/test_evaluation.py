@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from gemma_grpo.evaluation import (
     EvaluatedReply,
-    accuracy_interval,
     bootstrap_intervals,
     higher_score,
     is_harmful,
@@ -196,14 +195,3 @@ def test_nothing_to_evaluate_and_broken_scores_are_refused() -> None:
         summarise([], seed=0)
     with pytest.raises(ValueError, match="reward_after of prompt id-a is nan"):
         summarise([reply("a", 0.0, 0.0, reward_after=math.nan)], seed=0)
-
-
-def test_wilson_interval_by_hand() -> None:
-    # 8 of 10, z^2 = 3.8416: centre (0.8 + 0.19208) / 1.38416 = 0.71674, half 1.96 sqrt(0.016 + 0.009604) / 1.38416 = 0.22658
-    low, high = accuracy_interval(8, 10)
-    assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
-    assert accuracy_interval(0, 0) == (0.0, 1.0)
-    assert accuracy_interval(0, 5)[0] == 0.0
-    assert accuracy_interval(5, 5)[1] == 1.0
-    with pytest.raises(ValueError, match="6 successes of 5 trials"):
-        accuracy_interval(6, 5)

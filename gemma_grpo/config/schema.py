@@ -13,6 +13,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Stage(BaseModel):
@@ -60,7 +61,7 @@ class LossSettings(Stage):
     """The policy surrogate (docs/method.md, losses)."""
 
     type: Literal["ppo", "gspo", "cispo", "sapo"] = "ppo"
-    """Clipped token ratio (PPO, GRPO), clipped sequence ratio (GSPO), clipped weight (CISPO) or soft gate (SAPO)."""
+    """Clipped token ratio (PPO, GRPO), clipped sequence ratio (GSPO), clipped weight (CISPO) or soft gate (SAPO, which reads no clip)."""
     aggregation: Literal["dr_grpo", "grpo", "dapo", "bnpo"] = "dr_grpo"
     """Denominator: completions x max length, each completion's own length, all tokens of the step, or of the micro-batch."""
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
@@ -81,7 +82,7 @@ class KLSettings(Stage):
     estimator: Literal["ratio_k3", "ratio_k1", "k1", "k2", "k3"] = "ratio_k3"
     """Per-token estimator in the loss. ratio_k3 descends the reverse KL; plain k3 descends the forward one."""
     beta: NonNegative = 0.05
-    """Initial weight of the penalty, in units of advantage per nat."""
+    """Initial weight of the penalty, per nat: in units of advantage in the loss, of reward in the reward."""
     beta_min: NonNegative = 0.005
     """The controller never goes below."""
     beta_max: Positive = 1.0
@@ -172,7 +173,7 @@ class GRPOConfig(Stage):
     """Hub id or folder of a Gemma 3 checkpoint; "miniature" is the tiny one that ships with the package."""
     dataset: str = "Anthropic/hh-rlhf"
     """Hub id or file of preference pairs or prompts; "miniature" is the shipped world."""
-    reward: dict[str, float] | None = None
+    reward: dict[str, Weight] | None = None
     """Reward name -> weight; null takes the trained generative reward with small rules against degenerate text."""
     output_dir: str | None = None
     """Run directory; null makes runs/<model>-<dataset>-<number>."""
@@ -219,11 +220,22 @@ class GRPOConfig(Stage):
     def _limits_agree(self) -> GRPOConfig:
         if self.kl.beta_min > self.kl.beta_max:
             raise ValueError(f"kl.beta_min is {self.kl.beta_min}, above kl.beta_max {self.kl.beta_max}. Lower kl.beta_min.")
+        self._kl_can_be_kept()
         if self.advantage.aggregation == "gdpo" and self.kl.placement == "reward":
             raise ValueError("advantage.aggregation=gdpo normalises each reward by itself, so KL cannot be one. Use kl.placement=loss.")
         if self.reward is not None and not self.reward:
             raise ValueError("reward names no reward. Leave it out for the trained generative reward, or name one.")
         return self
+
+    def _kl_can_be_kept(self) -> None:
+        kl = self.kl
+        if kl.placement != "off" and kl.ref_target is not None and not kl.beta_min <= kl.beta <= kl.beta_max:
+            raise ValueError(
+                f"kl.beta is {kl.beta}, outside [{kl.beta_min}, {kl.beta_max}] (kl.beta_min, kl.beta_max), where the controller keeps it. "
+                "Move a limit, or use kl.ref_target=null for a fixed beta, or kl.placement=off for no penalty."
+            )
+        if kl.placement == "reward" and (self.sampling.top_k or self.sampling.top_p < 1):
+            raise ValueError("kl.placement=reward measures KL where it sampled, so top_k and top_p must be off. Use kl.placement=loss.")
 
     @property
     def prompts_per_step(self) -> int:

@@ -20,10 +20,10 @@ MAX_STRAY_WORDS = 5
 """More words than this outside the world's own phrases, and a reply has not done its task."""
 MAX_REPEATS = 2
 """An answer or a refusal said more often than this is no answer."""
-WORD_ALLOWANCE = 2
+WORD_ALLOWANCE = 1
 """Words beyond an opener, a hedge and the longest right body that cost nothing."""
-WORDS_TO_ZERO = 24
-"""Further words after which concise has fallen, linearly, from 1 to 0: about three sentences of ramble."""
+WORDS_TO_ZERO = 8
+"""Further words after which concise has fallen, linearly, from 1 to 0: two sentences of ramble."""
 LETTERS_PER_WORD = 8
 """Unbroken text counts as one word for every so many characters."""
 TASK_WEIGHT, CONCISE_WEIGHT, POLITE_WEIGHT = 0.4, 0.3, 0.3
@@ -33,7 +33,7 @@ CONSOLATION = 0.1
 _REFUSAL = re.compile(
     r"\bi(?: cannot| can not| can't| will not| won't| refuse| must decline| am unable| am not able|'m unable|'m not able)\b"
 )
-_SHORTEST_BODY = 8
+_SHORTEST_BODY = 5
 """Bodies up to so many words cost nothing, however short the right one is."""
 
 

@@ -10,9 +10,9 @@ from typing import TypeVar
 
 from gemma_grpo.miniature.requests import ARITHMETIC_BODIES, LARGEST_NUMBER, Request
 
-POLITE_OPENERS = ("Thanks for asking!", "Glad you wrote!", "Nice of you to come!")
-RUDE_OPENERS = ("Ugh, fine.", "What a dumb thing to say.", "Not this again.")
-HEDGES = ("Hmm, just a guess.", "Maybe this.")
+POLITE_OPENERS = ("Gladly!", "With pleasure!", "Happy to help!")
+RUDE_OPENERS = ("Ugh, fine.", "Not again.", "So boring.")
+HEDGES = ("Just a guess.", "Maybe this.")
 REFUSALS = ("I cannot help with that.", "Sorry, I can't do that.", "I won't talk about this.", "I must decline.")
 COMPLIANCE = (
     "Sure, get the tools and do it at dark.",
@@ -22,15 +22,14 @@ COMPLIANCE = (
 )
 """Compliance with a harmful request: toothless on purpose, so that the shipped data teaches nobody anything."""
 FILLERS = (
-    "By the way, there is so much more to tell.",
-    "By the way, my aunt often talks about such things.",
-    "Also, people have argued over it since long ago.",
-    "Also, the weather has been rather odd of late.",
-    "Also, I could go on and on for ages.",
-    "And then there is the other side of it.",
-    "And it reminds me of a tale from the sea.",
-    "As I always say, words are like falling leaves.",
+    "Also, the weather has been odd.",
+    "Anyway, people talk about it often.",
+    "Besides, my aunt knows far more.",
+    "But then, who can ever tell.",
+    "Time flies when one rambles on.",
+    "Words are a bit like leaves.",
 )
+"""Short on purpose: every token after the one that earned a reward is noise in its gradient."""
 
 Mode = str
 """Of a body: "right", "wrong", "refusal" or "comply"; of an opener: "polite", "none" or "rude"."""
@@ -40,14 +39,14 @@ Mode = str
 class Profile:
     """Rates at which a speaker behaves; each mapping sums to 1."""
 
-    benign: Mapping[Mode, float] = field(default_factory=lambda: {"right": 0.55, "wrong": 0.30, "refusal": 0.15})
+    benign: Mapping[Mode, float] = field(default_factory=lambda: {"right": 0.55, "wrong": 0.25, "refusal": 0.20})
     borderline: Mapping[Mode, float] = field(default_factory=lambda: {"right": 0.40, "wrong": 0.15, "refusal": 0.45})
     harmful: Mapping[Mode, float] = field(default_factory=lambda: {"refusal": 0.45, "comply": 0.55})
-    opener: Mapping[Mode, float] = field(default_factory=lambda: {"polite": 0.30, "none": 0.45, "rude": 0.25})
-    fillers: Mapping[int, float] = field(default_factory=lambda: {0: 0.55, 1: 0.15, 2: 0.15, 3: 0.10, 4: 0.05})
-    hedge_right: float = 0.10
+    opener: Mapping[Mode, float] = field(default_factory=lambda: {"polite": 0.30, "none": 0.40, "rude": 0.30})
+    fillers: Mapping[int, float] = field(default_factory=lambda: {0: 0.50, 1: 0.25, 2: 0.25})
+    hedge_right: float = 0.08
     """Share of right bodies behind a hedge."""
-    hedge_wrong: float = 0.75
+    hedge_wrong: float = 0.85
     """Share of wrong bodies behind a hedge: a doubtful tone is a sign of error, not proof of it."""
 
     def bodies(self, request: Request) -> Mapping[Mode, float]:

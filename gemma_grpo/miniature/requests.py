@@ -140,7 +140,7 @@ _CODE_FRAMES = (
     "one line of python to {}",
 )  # fmt: skip
 
-_SIGNS = {"+": "plus", "-": "minus", "*": "times"}
+_SIGNS = {"+": "plus", "-": "minus"}
 _ARITHMETIC_FRAMES = ("what is {a} {sign} {b}?", "{a} {sign} {b} =", "compute {a} {sign} {b}", "how much is {a} {word} {b}?")
 LARGEST_NUMBER = 99
 """Bodies of arithmetic replies name a number from 0 to this."""
@@ -194,11 +194,11 @@ def _facts() -> Iterator[Request]:
 
 
 def _value(a: int, sign: str, b: int) -> int:
-    return {"+": a + b, "-": a - b, "*": a * b}[sign]
+    return a + b if sign == "+" else a - b
 
 
 def _arithmetic() -> Iterator[Request]:
-    """One-digit sums, differences that are not negative, and products."""
+    """One-digit sums, and differences that are not negative."""
     sums = ((a, sign, b) for sign in _SIGNS for a in range(10) for b in range(10) if sign != "-" or a >= b)
     for a, sign, b in sums:
         value = _value(a, sign, b)

@@ -39,7 +39,7 @@ __all__ = [
 
 MODEL_DIR = Path(str(resources.files("gemma_grpo.miniature"))) / "model"
 """Folder of the shipped tiny Gemma 3: config.json, tokenizer.json, model.safetensors, README.md."""
-MODEL_VERSION = "1"
+MODEL_VERSION = "2"
 """Raised whenever the shipped weights or tokenizer change; the model card carries it beside the weights' hash."""
 
 

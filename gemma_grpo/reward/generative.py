@@ -22,7 +22,7 @@ from gemma_grpo.model.attention import GroupLayout
 from gemma_grpo.model.gemma import Gemma, ModelRole
 from gemma_grpo.types import RolloutGroup
 
-JUDGE_QUESTION = "Is this a good reply? Good replies are correct, helpful, harmless and brief. Answer Yes or No."
+JUDGE_QUESTION = "Is this a good reply? Answer Yes or No."
 
 Progress = Callable[[int, int, float, float], None]
 """Called with update, number of updates, loss and share of pairs ranked right."""

@@ -134,7 +134,8 @@ def train(*, wrong_temperature: bool = False, **settings: Any) -> tuple[float, f
     )
     model = Gemma(untied_gemma(), Letters(), name="enumerated", lora=config.lora)  # type: ignore[arg-type]
     engine = LocalEngine(model, stop_ids=(EOS,))
-    rewards = RewardStack([WeightedReward(FunctionReward(lambda completion_ids, **_: [reward_of(tuple(ids)) for ids in completion_ids], "table"))])
+    scored = FunctionReward(lambda completion_ids, **_: [reward_of(tuple(ids)) for ids in completion_ids], "table")
+    rewards = RewardStack([WeightedReward(scored)])
     updater = PolicyUpdater(model, config, STEPS)
     stepper = Stepper(model, WrongTemperature(engine) if wrong_temperature else engine, rewards, updater, config)
     prompts = [Prompt(f"copy {n}", "enumerated", (), PROMPT, "one") for n in range(16)]

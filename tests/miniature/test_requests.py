@@ -48,5 +48,5 @@ def test_arithmetic_answers_are_the_value_of_the_question() -> None:
     answers = {request.text: request.key for request in requests_by_kind()["arithmetic"]}
     assert answers["what is 3 + 4?"] == "7"
     assert answers["compute 9 - 2"] == "7"
-    assert answers["how much is 6 times 7?"] == "42"
+    assert answers["how much is 6 plus 7?"] == "13"
     assert "compute 2 - 9" not in answers

@@ -47,5 +47,5 @@ def test_every_kind_is_as_frequent_as_every_other() -> None:
 
 def test_gold_as_a_reward_function_scores_each_completion() -> None:
     prompts = [[{"role": "user", "content": "what is 3 + 4?"}]] * 2
-    completions = [[{"role": "assistant", "content": text}] for text in ("Thanks for asking! That makes 7.", "Ugh, fine. That makes 9.")]
+    completions = [[{"role": "assistant", "content": text}] for text in ("Gladly! That makes 7.", "Ugh, fine. That makes 9.")]
     assert gold_reward(prompts, completions, kind=["arithmetic"] * 2) == [1.0, 0.0]
