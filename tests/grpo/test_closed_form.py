@@ -30,7 +30,7 @@ from gemma_grpo.types import Prompt, RolloutGroup
 BOS, EOS, LETTERS = 0, 1, (2, 3, 4, 5)
 PROMPT = (BOS, 2, 3)
 SEQUENCES = [(EOS,), *((a, b) for a in LETTERS for b in (EOS, *LETTERS))]
-BETA = 0.4
+BETA = 0.5
 STEPS = 250
 
 
@@ -42,8 +42,8 @@ class Letters:
 
 
 def reward_of(sequence: tuple[int, ...]) -> float:
-    """Between 0 and 2, different for every sequence."""
-    return ((8 * SEQUENCES.index(sequence) + 3) % 21) / 10
+    """Between 0 and 1, different for every sequence."""
+    return ((8 * SEQUENCES.index(sequence) + 3) % 21) / 20
 
 
 def untied_gemma() -> Gemma3ForCausalLM:
