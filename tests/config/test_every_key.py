@@ -17,6 +17,8 @@ import torch
 from pydantic import BaseModel
 
 from gemma_grpo.config import GRPOConfig
+from gemma_grpo.data.chat import judge_suffix_ids
+from gemma_grpo.reward.generative import JUDGE_QUESTION
 
 Observe = Callable[[Any], Any]
 
@@ -149,7 +151,7 @@ CHANGES: dict[str, Change] = {
     "reward_model.learning_rate": Change(1e-2, reward_weights, GENERATIVE),
     "reward_model.batch_size": Change(4, reward_weights, GENERATIVE),
     "reward_model.max_pairs": Change(5, calibration("pairs_trained"), GENERATIVE),
-    "reward_model.max_length": Change(185, data_count("pairs_shortened"), GENERATIVE),
+    "reward_model.max_length": Change("{one_turn_and_the_question}", data_count("pairs_shortened"), GENERATIVE),
     "reward_model.centering": Change(1.0, reward_weights, GENERATIVE),
     "reward_model.label_smoothing": Change(0.3, reward_weights, GENERATIVE),
     "reward_model.shaping": Change("none", completion("reward"), GENERATIVE),
@@ -184,8 +186,8 @@ def baseline(train_tiny: Callable[..., Any]) -> Callable[[Mapping[str, Any]], An
 
 
 @pytest.fixture
-def filled_in(tiny_model_dir: Path, tmp_path: Path, baseline: Callable[..., Any]) -> Callable[[Any], Any]:
-    """Values that stand for something on disk."""
+def filled_in(tiny_model_dir: Path, tokenizer: Any, tmp_path: Path, baseline: Callable[..., Any]) -> Callable[[Any], Any]:
+    """Values that stand for something on disk, or depend on it."""
 
     def value(given: Any) -> Any:
         if given == "{another_model}":
@@ -194,6 +196,8 @@ def filled_in(tiny_model_dir: Path, tmp_path: Path, baseline: Callable[..., Any]
             return str(tmp_path / "elsewhere")
         if given == "{trained_reward}":
             return str(baseline(GENERATIVE).path / "reward")
+        if given == "{one_turn_and_the_question}":
+            return len(judge_suffix_ids(tokenizer, JUDGE_QUESTION)) + 75  # a row of two turns has about 110 tokens
         if given == "{another_dataset}":
             rows = [{"prompt": f"another question {index}"} for index in range(8)]
             path = tmp_path / "another.jsonl"

@@ -80,7 +80,7 @@ def test_every_row_is_used_or_counted(model):
 
 
 def test_pairs_too_long_for_the_reward_are_counted(model):
-    # the judge's question alone has more than 100 bytes, each a token here
+    # each byte is a token here, and the judge's question has some dozens of them
     rows = [*(pair(text) for text in FIRST_TURNS), pair("short", chosen="w" * 200)]
     data = training_data(model, rows, data={"holdout": 0.3}, reward_model={"max_length": 250})
     assert data.counts["pairs_dropped"] == {"pair_too_long": 1}

@@ -39,7 +39,7 @@ def everything_in(folder: Path) -> list[str]:
         ({"learning_rate": 0}, r"learning_rate: is 0; must be above 0"),
         (
             {"kl": {"beta": 0.0}},
-            r"kl\.beta: is 0\.0, outside \[kl\.beta_min, kl\.beta_max\] = \[0\.005, 1\.0\].*kl\.ref_target=null.*kl\.placement=off",
+            r"kl\.beta: is 0\.0, outside \[0\.005, 1\.0\] \(kl\.beta_min, kl\.beta_max\).*kl\.ref_target=null.*kl\.placement=off",
         ),
         ({"reward": {"length": math.nan}}, r"reward\.length: is nan; must be finite"),
         ({"reward": {}}, r"reward: names no reward"),
@@ -127,8 +127,8 @@ def test_training_only_the_reward_needs_pairs_whatever_the_reward(tiny_trainer, 
 
 
 def test_pairs_that_are_all_too_long_are_counted_and_the_limit_named(tiny_trainer, tmp_path):
-    trainer = tiny_trainer(reward=None, output_dir=str(tmp_path / "run"), **{"reward_model.max_length": 100})
-    with pytest.raises(DataError, match=r"no training pair is left of 24 rows.*'pair_too_long': 24.*reward_model\.max_length \(100\)"):
+    trainer = tiny_trainer(reward=None, output_dir=str(tmp_path / "run"), **{"reward_model.max_length": 60})
+    with pytest.raises(DataError, match=r"no training pair is left of 24 rows.*'pair_too_long': 24.*reward_model\.max_length \(60\)"):
         trainer.train()
     assert everything_in(tmp_path) == []
 
