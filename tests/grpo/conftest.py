@@ -69,11 +69,13 @@ class StepWorld:
         shape = batch.completion_ids.shape
         return torch.stack(logprobs).view(shape), torch.stack(entropies).view(shape)
 
-    def plain_gradient(self, loss: Callable[[Tensor, Tensor], Tensor], batch: PolicyBatch) -> tuple[float, dict[str, Tensor]]:
+    def plain_gradient(
+        self, loss: Callable[[Tensor, Tensor], Tensor], batch: PolicyBatch, *, temperature: float = 1.0
+    ) -> tuple[float, dict[str, Tensor]]:
         """Value and gradient of a loss(logprobs, entropies) written out by the test, through the plain forward pass."""
         parameters = self.model.adapter_parameters("policy")
         with self.model.role("policy", train=True):
-            value = loss(*self.plain_logprobs(batch))
+            value = loss(*self.plain_logprobs(batch, temperature=temperature))
             gradients = torch.autograd.grad(value, list(parameters.values()))
         return float(value.detach()), dict(zip(parameters, gradients, strict=True))
 

@@ -83,6 +83,23 @@ def test_kl_to_the_reference_is_measured_per_token_and_per_sequence(world):
     assert metrics["kl_sequence"] == pytest.approx(total / 12, rel=1e-4)
 
 
+def test_the_temperature_is_that_of_policy_and_reference_alike(world, difference):
+    config = world.config(temperature=0.6)
+    batch = world.batch(config)
+    with world.model.role("reference"), torch.no_grad():
+        reference, _ = world.plain_logprobs(batch, temperature=0.6)
+
+    def penalised(logprobs, entropies):
+        gap = torch.where(batch.completion_mask, reference - logprobs, 0.0)
+        ratio = torch.exp(logprobs - logprobs.detach())
+        return (ratio * (0.05 * (gap.exp() - 1 - gap) - batch.advantages[..., None]) * batch.completion_mask).sum() / (12 * 6)
+
+    loss, expected = world.plain_gradient(penalised, batch, temperature=0.6)
+    gradient, sums = world.gradient(config, batch)
+    assert difference(gradient, expected) < 1e-5
+    assert sums["loss"] == pytest.approx(loss, rel=1e-4)
+
+
 # ---- further passes
 
 
