@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from jaxtyping import install_import_hook
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -31,6 +32,9 @@ CHECKED_MODULES = [
     "gemma_grpo.rollout.sampling",
 ]
 install_import_hook(CHECKED_MODULES, "beartype.beartype")
+
+settings.register_profile("no deadline", deadline=None)  # machines here are shared: a slow example is not a wrong one
+settings.load_profile("no deadline")
 
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
 

@@ -62,6 +62,15 @@ class _Dumper(_Scalars, yaml.SafeDumper):
     """SafeDumper that quotes exactly what _Loader would misread."""
 
 
+def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # plain and single-quoted style fold the line breaks that only YAML knows (U+0085, U+2028, U+2029); double quotes escape them
+    style = '"' if set(text) & set("\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text_node)
+
+
 def _name(key: yaml.Node) -> str:
     return key.value if isinstance(key, yaml.ScalarNode) else "[...]"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gemma_grpo.config import ConfigError, GRPOConfig, build_config, dump_recipe, find_recipe, load_recipe, parse_overrides, shipped_recipes
@@ -247,6 +247,7 @@ def test_a_dumped_recipe_loads_to_the_same_settings(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, dump_recipe(config))) == config
 
 
+@example(text="a\x85\u2028b", number=1.0, seed=0)  # line breaks to YAML alone
 @given(text=st.text(max_size=40), number=st.floats(min_value=1e-300, max_value=1e300), seed=st.integers(0, 2**31 - 1))
 def test_whatever_a_setting_holds_survives_dumping(tmp_path_factory: pytest.TempPathFactory, text: str, number: float, seed: int) -> None:
     config = build_config({"dataset": text, "data.source": text, "learning_rate": number, "temperature": number, "seed": seed})
