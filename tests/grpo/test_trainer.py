@@ -206,6 +206,14 @@ def test_every_epoch_sees_every_prompt_once_in_an_order_of_its_own(train_tiny):
     assert first != second
 
 
+def test_a_prompt_that_comes_again_is_answered_anew(train_tiny):
+    # one prompt, equal rewards: the policy stays what it is, only the step's random numbers differ
+    run = train_tiny(reward=lambda completions, **columns: [1.0] * len(completions), max_steps=None, epochs=2, **{"data.max_prompts": 1})
+    first, second = run.completions("text")
+    assert first != second
+    assert all(value.count_nonzero() == 0 for name, value in run.adapter().items() if "lora_B" in name)
+
+
 def test_a_short_last_batch_is_averaged_over_its_own_completions(train_tiny):
     run = train_tiny(
         max_steps=None, epochs=1, planning_steps=1, **{"data.max_prompts": 3, "advantage.scale": "none", "kl.placement": "off"}
