@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from gemma_grpo import GRPOTrainer
 from gemma_grpo.config import build_config, dump_recipe
-from gemma_grpo.grpo.step import sampling_params
+from gemma_grpo.data.batch import pad_rollouts
+from gemma_grpo.grpo.assess import EVALUATION_STEP
+from gemma_grpo.grpo.step import role_logprobs, sampling_params
 
 ROWS = Path(os.environ.get("HH_RLHF_DIR", "../shared/data/hh-rlhf"))
 PROMPT_ROWS = [{"prompt": f"question {index}?", "answer": f"answer {index}"} for index in range(16)]
@@ -264,6 +266,24 @@ def test_evaluation_json_has_the_documented_shape(train_tiny):
     assert len(run.evaluation["samples"]) == 8
     trained = {line["prompt_id"] for line in run.lines("samples.jsonl")}
     assert trained.isdisjoint(sample["prompt_id"] for sample in run.evaluation["samples"])
+
+
+def test_the_evaluation_is_of_reference_and_policy_and_their_distance(train_tiny):
+    run = train_tiny(learning_rate=0.05, **{"evaluation.num_prompts": 4})
+    trainer, evaluation = run.trainer, run.evaluation
+    prompts = trainer.data.held_out_prompts[:4]
+    sampled = {}
+    for role, side in (("reference", "before"), ("policy", "after")):
+        groups = trainer.engine.sample(prompts, sampling_params(trainer.config, EVALUATION_STEP, role=role, num_generations=1))
+        texts = {group.prompt.prompt_id: group.completions[0].text for group in groups}
+        assert texts == {sample["prompt_id"]: sample[side]["text"] for sample in evaluation["samples"]}
+        assert evaluation["length"][side] == sum(len(group.completions[0].token_ids) for group in groups) / 4
+        sampled[role] = groups
+    batch = pad_rollouts(sampled["policy"])
+    reference = role_logprobs(trainer.model, batch, "reference", prompts_per_piece=4, temperature=1.0)
+    total = sum(sum(group.completions[0].sampling_logprobs) for group in sampled["policy"]) - float(reference.sum())
+    assert evaluation["kl_sequence"]["after"] == pytest.approx(total / 4, rel=1e-4)
+    assert evaluation["kl"]["after"] == pytest.approx(total / int(batch.completion_mask.sum()), rel=1e-4)
 
 
 def test_an_untrained_policy_evaluates_as_its_reference(train_tiny):
