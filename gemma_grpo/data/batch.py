@@ -1,13 +1,15 @@
-"""The nouns as tensors: the only padding in the program.
+"""The nouns as tensors: the only padding in the program, and how a batch is cut into pieces that fit.
 
 A GroupBatch keeps the group structure, so that the model can read a prompt once and its G completions beside it.
 Padding is a rectangle for attention only: the model's linear layers see the real tokens, packed (model/attention.py).
+How large a piece may be is not decided here (model/memory.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +20,25 @@ from gemma_grpo.data.chat import PAD_ID
 from gemma_grpo.types import RolloutGroup
 
 Batch = TypeVar("Batch", bound="GroupBatch")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a piece stands in the batch it was cut from: which prompts, and which of their completions."""
+
+    rows: slice
+    completions: slice
+
+    def put(self, values: Tensor, into: Tensor) -> None:
+        """Write a piece's [n g] or [n g c] values to their place in the whole batch's [N G] or [N G C]."""
+        place = into[self.rows, self.completions]
+        if values.dim() == 3:
+            place = place[..., : values.shape[-1]]  # a piece is no wider than its own longest completion
+        place.copy_(values)
+
+    def inner(self, part: Slot) -> Slot:
+        """The place, in the same batch, of a part of this piece."""
+        return Slot(_moved_on(part.rows, self.rows.start), _moved_on(part.completions, self.completions.start))
 
 
 @dataclass(frozen=True)
@@ -45,12 +66,43 @@ class GroupBatch:
         moved: dict[str, Any] = {f.name: _moved(getattr(self, f.name), device) for f in fields(self)}
         return replace(self, **moved)
 
-    def split(self: Batch, prompts_per_piece: int) -> Iterator[Batch]:
-        """Pieces of whole groups, in order, each trimmed to its own longest prompt and completion."""
-        for start in range(0, len(self.prompt_ids), prompts_per_piece):
-            rows = slice(start, start + prompts_per_piece)
-            sliced: dict[str, Any] = {f.name: _sliced(getattr(self, f.name), rows) for f in fields(self)}
-            yield _trimmed(replace(self, **sliced))
+    @property
+    def num_padded_tokens(self) -> int:
+        """Tokens of both rectangles, padding included: N P + N G C."""
+        return self.prompt_ids.numel() + self.completion_ids.numel()
+
+    def slots(self, token_budget: int | None, *, whole_groups: bool = False) -> Iterator[Slot]:
+        """Cut into pieces, in order, of at most so many padded tokens once trimmed; None does not cut.
+
+        A piece is as many whole groups as fit; of a group that alone is too large, as many completions as fit, each piece
+        reading the prompt again. What cannot be cut further is a piece however large it is: one completion, or with
+        `whole_groups` one group.
+        """
+        num_prompts, group = self.completion_ids.shape[:2]
+        if token_budget is None:
+            yield Slot(slice(0, num_prompts), slice(0, group))
+            return
+        extents = _Extents(self)
+        for rows in _runs(num_prompts, lambda rows: extents.fits(token_budget, rows, slice(0, group))):
+            if whole_groups or rows.stop - rows.start > 1:
+                yield Slot(rows, slice(0, group))
+            else:
+                fits = partial(extents.fits, token_budget, rows)
+                yield from (Slot(rows, completions) for completions in _runs(group, fits))
+
+    def piece(self: Batch, slot: Slot) -> Batch:
+        """The part of the batch in a slot, trimmed to its own longest prompt and completion. Per-token fields end in C, prompt's in P."""
+        prompt = _real_columns(self.prompt_mask[slot.rows].any(0))
+        completion = _real_columns(self.completion_mask[slot.rows, slot.completions].any(0).any(0))
+        cut: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is not None and f.name.startswith("prompt"):
+                cut[f.name] = value[slot.rows, prompt]
+            elif value is not None:
+                part = value[slot.rows, slot.completions]
+                cut[f.name] = part[..., : completion.stop] if value.dim() == 3 else part
+        return replace(self, **cut)
 
 
 @dataclass(frozen=True)
@@ -63,6 +115,13 @@ class PolicyBatch(GroupBatch):
     """None before the first planning step, whose own forward provides them."""
     ref_logprobs: Float[Tensor, "N G C"] | None
     """None when no KL penalty asks for them."""
+
+
+@dataclass(frozen=True)
+class WeightedBatch(PolicyBatch):
+    """A PolicyBatch with what each token's loss counts in the loss of the whole step: no cut of the batch changes it."""
+
+    token_weights: Float[Tensor, "N G C"]
 
 
 def pad_sequences(sequences: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
@@ -108,19 +167,39 @@ def _moved(value: Tensor | None, device: torch.device | str) -> Tensor | None:
     return None if value is None else value.to(device)
 
 
-def _sliced(value: Tensor | None, rows: slice) -> Tensor | None:
-    return None if value is None else value[rows]
+def _moved_on(part: slice, by: int) -> slice:
+    return slice(part.start + by, part.stop + by)
 
 
-def _trimmed(batch: Batch) -> Batch:
-    """Without the columns no sequence of this batch reaches. Per-token fields end in C, prompt fields in P."""
-    real = {"prompt": batch.prompt_mask.any(0), "completion": batch.completion_mask.any(0).any(0)}
-    start = {"prompt": int(real["prompt"].long().argmax()), "completion": 0}
-    stop = {name: max(1, int(columns.nonzero().max()) + 1 if columns.any() else 1) for name, columns in real.items()}
-    cut: dict[str, Any] = {}
-    for f in fields(batch):
-        value = getattr(batch, f.name)
-        if value is not None and f.name != "advantages":
-            part = "prompt" if f.name.startswith("prompt") else "completion"
-            cut[f.name] = value[..., start[part] : stop[part]]
-    return replace(batch, **cut)
+def _real_columns(real: Bool[Tensor, " T"]) -> slice:
+    """From the first to the last column that any sequence reaches, at least one."""
+    columns = real.nonzero()[:, 0]
+    return slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(0, 1)
+
+
+class _Extents:
+    """Lengths of a batch's sequences as plain numbers, read once: cutting asks for them many times."""
+
+    def __init__(self, batch: GroupBatch) -> None:
+        width = batch.prompt_mask.shape[1]
+        columns = torch.arange(width, device=batch.prompt_mask.device)
+        self.first: list[int] = torch.where(batch.prompt_mask, columns, width).amin(-1).tolist()
+        self.stop: list[int] = torch.where(batch.prompt_mask, columns + 1, 0).amax(-1).tolist()
+        self.completions: list[list[int]] = batch.completion_mask.sum(-1).tolist()
+
+    def fits(self, token_budget: int, rows: slice, completions: slice) -> bool:
+        """Whether the piece of these has at most so many padded tokens."""
+        widest = max(self.stop[rows]) - min(self.first[rows])
+        lengths = [row[completions] for row in self.completions[rows]]
+        longest = max(1, *(length for row in lengths for length in row))
+        return len(lengths) * (max(1, widest) + len(lengths[0]) * longest) <= token_budget
+
+
+def _runs(count: int, fits: Callable[[slice], bool]) -> Iterator[slice]:
+    """Consecutive indices below count, as many at a time as fit, but at least one."""
+    start = 0
+    for end in range(1, count):
+        if not fits(slice(start, end + 1)):
+            yield slice(start, end)
+            start = end
+    yield slice(start, count)

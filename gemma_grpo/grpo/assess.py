@@ -46,9 +46,9 @@ def train_and_measure_reward(
     """
     train, held_out = pairs
     judge = Judge(model)
-    zero_shot = score_pairs(judge, held_out, "reference", config.reward_model.batch_size)
+    zero_shot = score_pairs(judge, held_out, "reference")
     train_reward_adapter(judge, train, config.reward_model, seed=config.seed, progress=progress)
-    scores = score_pairs(judge, held_out, "reward", config.reward_model.batch_size)
+    scores = score_pairs(judge, held_out, "reward")
     report = {"pairs_trained": len(train), **quality_report([pair.pair for pair in held_out], scores, zero_shot)}
     if gold is not None:
         true_margins = torch.tensor([gold(pair) for pair in held_out])
@@ -61,12 +61,7 @@ def reference_rewards(model: Gemma, engine: RolloutEngine, prompts: Sequence[Pro
     groups = sample_in_chunks(
         engine, prompts, sampling_params(config, EVALUATION_STEP, role="reference", num_generations=1), config.completions_per_step
     )
-    values = [
-        value
-        for row in GenerativeReward(model, prompts_per_pass=config.prompts_per_step).score(groups)
-        for value in row
-        if value is not None
-    ]
+    values = [value for row in GenerativeReward(model).score(groups) for value in row if value is not None]
     return {
         "reference_mean": statistics.fmean(values) if values else None,
         "reference_std": statistics.pstdev(values) if values else None,
@@ -111,12 +106,7 @@ def _evaluation_samples(
 
 def _sequence_kl(model: Gemma, groups: Sequence[RolloutGroup], config: GRPOConfig) -> list[list[float]]:
     """Sum over each completion's tokens of log policy - log reference."""
-    result: list[list[float]] = []
-    for start in range(0, len(groups), config.prompts_per_step):
-        batch = pad_rollouts(groups[start : start + config.prompts_per_step]).to(model.device)
-        policy, reference = (
-            role_logprobs(model, batch, role, prompts_per_piece=config.batch_size, temperature=config.temperature)
-            for role in ("policy", "reference")
-        )
-        result.extend((policy - reference).sum(-1).tolist())
-    return result
+    batch = pad_rollouts(groups).to(model.device)
+    policy, reference = (role_logprobs(model, batch, role, temperature=config.temperature) for role in ("policy", "reference"))
+    kl: list[list[float]] = (policy - reference).sum(-1).tolist()
+    return kl

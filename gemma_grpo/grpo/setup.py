@@ -131,7 +131,7 @@ def build_reward_stack(reward: Any, weights: Mapping[str, float], model: Gemma, 
             parts.append(WeightedReward(build_rules([name], config.max_completion_length)[0], weight))
             continue
         role = "reward" if name == TRAINED else "reference"
-        judge = GenerativeReward(model, role=role, prompts_per_pass=config.batch_size, name=name)  # type: ignore[arg-type]
+        judge = GenerativeReward(model, role=role, name=name)  # type: ignore[arg-type]
         parts.append(WeightedReward(judge, weight, _shape(judge, model, config, reference_mean)))
     return RewardStack(parts)
 

@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import pad
 
 from gemma_grpo.config import GRPOConfig
 from gemma_grpo.data.batch import GroupBatch, PolicyBatch, pad_rollouts, pad_values
@@ -20,6 +19,7 @@ from gemma_grpo.grpo.loss import kl_reward_penalty
 from gemma_grpo.grpo.update import PolicyUpdater
 from gemma_grpo.model.gemma import Gemma, ModelRole
 from gemma_grpo.model.logprobs import completion_logprobs
+from gemma_grpo.model.memory import release
 from gemma_grpo.reward.base import RewardStack, StackScores
 from gemma_grpo.rollout.engine import RolloutEngine, SamplingParams
 from gemma_grpo.types import Prompt, RolloutGroup, ScoredGroup, StepRecord
@@ -43,17 +43,25 @@ class Stepper:
     def train_step(self, prompts: Sequence[Prompt], step: int) -> tuple[StepRecord, list[ScoredGroup]]:
         """Sample, score and learn from one rollout batch; `step` counts from 0."""
         seconds: dict[str, float] = {}
-        with _timed(seconds, "rollout"):
+        with self._phase("rollout", seconds):
             groups = self.engine.sample(prompts, sampling_params(self.config, step))  # one prefill per prompt
-        with _timed(seconds, "reward"):
+        with self._phase("reward", seconds):
             scores = self.rewards.score(groups)
-        with _timed(seconds, "reference"):
+        with self._phase("reference", seconds):
             batch = policy_batch(self.model, groups, scores, self.rewards.weights, self.config, self.updater.beta.beta)
-        with _timed(seconds, "update"):
+        with self._phase("update", seconds):
             metrics = self.updater.update(batch, step)  # planning_steps x micro-batches
         self.num_tokens += int(batch.completion_mask.sum())
         measured = {**reward_metrics(scores), **length_metrics(groups), **metrics, "num_tokens": float(self.num_tokens)}
         return StepRecord(step + 1, seconds, measured), scored_groups(groups, scores, batch.advantages)
+
+    @contextmanager
+    def _phase(self, name: str, seconds: dict[str, float]) -> Iterator[None]:
+        """One phase: its time is taken, and what it leaves in torch's caches goes back, as the next one needs other sizes."""
+        started = time.perf_counter()
+        yield
+        release(self.model.device)
+        seconds[name] = time.perf_counter() - started
 
 
 def sampling_params(
@@ -73,16 +81,17 @@ def sampling_params(
 
 
 @torch.no_grad()
-def role_logprobs(
-    model: Gemma, batch: GroupBatch, role: ModelRole, *, prompts_per_piece: int, temperature: float
-) -> Float[Tensor, "N G C"]:
-    """Log-probabilities of the completions under a role, without gradients, a few prompts at a time."""
-    pieces = []
+def role_logprobs(model: Gemma, batch: GroupBatch, role: ModelRole, *, temperature: float) -> Float[Tensor, "N G C"]:
+    """Log-probabilities of the completions under a role, without gradients, as many at a time as the model's token budget allows."""
+    logprobs = torch.zeros(batch.completion_ids.shape, device=batch.completion_ids.device)
+
+    def score(piece: GroupBatch) -> Tensor:
+        return completion_logprobs(model, piece, temperature=temperature)[0]
+
     with model.role(role):
-        for piece in batch.split(prompts_per_piece):
-            logprobs, _ = completion_logprobs(model, piece, temperature=temperature)
-            pieces.append(pad(logprobs, (0, batch.completion_ids.shape[-1] - logprobs.shape[-1])))
-    return torch.cat(pieces)
+        for slot, values in model.budget.run(batch, score, doing=f"scoring with the {role}"):
+            slot.put(values, logprobs)
+    return logprobs
 
 
 def policy_batch(
@@ -93,7 +102,7 @@ def policy_batch(
     sampling = pad_values([[completion.sampling_logprobs for completion in group.completions] for group in groups], batch).to(model.device)
     ref = None
     if config.kl.placement != "off":
-        ref = role_logprobs(model, batch, "reference", prompts_per_piece=config.batch_size, temperature=config.temperature)
+        ref = role_logprobs(model, batch, "reference", temperature=config.temperature)
     penalty = None
     if config.kl.placement == "reward" and ref is not None:
         flat = (tensor.flatten(0, 1) for tensor in (sampling, ref, batch.completion_mask))
@@ -168,9 +177,3 @@ def length_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "completions/clipped_ratio": statistics.fmean(completion.finish == "length" for completion in completions),
     }
 
-
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    seconds[phase] = time.perf_counter() - started

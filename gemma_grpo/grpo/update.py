@@ -1,27 +1,28 @@
 """One rollout batch into weights: planning passes, micro-batches, the step limit. Owns the optimizer and the controllers.
 
-Nothing acts before it was checked finite; an update that goes further than the step limit allows is taken back.
+Nothing acts before it was checked finite; an update that goes further than the step limit allows is taken back. The gradient is
+that of the whole step: neither the token budget nor a piece repeated after running out of memory changes it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import pad
 
 from gemma_grpo.config import GRPOConfig
-from gemma_grpo.data.batch import PolicyBatch
+from gemma_grpo.data.batch import PolicyBatch, WeightedBatch
 from gemma_grpo.grpo.control import AdaptiveBeta, AdaptiveEntropy, HardStop, StepLimit
 from gemma_grpo.grpo.loss import KL_ESTIMATORS, POLICY_LOSSES, policy_objective, sampler_weights, step_kl, token_weights
 from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.model.logprobs import completion_logprobs
+from gemma_grpo.model.memory import TokenBudget
 
 Gradient = list[Tensor]
 
@@ -89,6 +90,8 @@ class PolicyUpdater:
             "passes": float(passes),
             "learning_rate": 0.0 if taken is None else taken[2],
             "rollbacks": float(self.limit.rollbacks),
+            "oom_retries": float(self.model.budget.halvings),
+            **({} if self.model.budget.tokens is None else {"token_budget": float(self.model.budget.tokens)}),
         }
 
     def learning_rate(self, update: int) -> float:
@@ -102,36 +105,49 @@ class PolicyUpdater:
 
     def _accumulate(self, batch: PolicyBatch) -> tuple[Gradient, dict[str, float], Float[Tensor, "N G C"]]:
         """Gradient of the whole step's loss, sums of what was measured, and the policy's log-probabilities."""
-        pieces = list(batch.split(self.config.batch_size))
-        num_tokens, num_completions = int(batch.completion_mask.sum()), batch.completion_mask[..., 0].numel()
+        weighted = WeightedBatch(**vars(batch), token_weights=self._token_weights(batch.completion_mask))
+        gradient = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in self.parameters.values()]
+        logprobs = torch.zeros(batch.completion_ids.shape, device=batch.completion_ids.device)
         totals: dict[str, Tensor] = {}
-        logprobs = []
-        self.optimizer.zero_grad(set_to_none=True)
         with self.model.role("policy", train=True):
-            for piece in pieces:
-                loss, metrics, now = self._piece_loss(piece, num_tokens, num_completions, len(pieces))
-                loss.backward()
-                metrics["loss"] = loss.detach()
+            for slot, (part, metrics, now) in self.model.budget.run(weighted, self._piece_gradient, doing="learning"):
+                for total, value in zip(gradient, part, strict=True):
+                    if value is not None:
+                        total += value
                 totals = {name: totals.get(name, 0.0) + value for name, value in metrics.items()}
-                logprobs.append(pad(now, (0, batch.completion_ids.shape[-1] - now.shape[-1])))
-        gradient = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters.values()]
-        return gradient, {name: float(value) for name, value in totals.items()}, torch.cat(logprobs)
+                slot.put(now, logprobs)
+        return gradient, {name: float(value) for name, value in totals.items()}, logprobs
 
-    def _piece_loss(
-        self, piece: PolicyBatch, num_tokens: int, num_completions: int, num_pieces: int
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def _token_weights(self, mask: Bool[Tensor, "N G C"]) -> Float[Tensor, "N G C"]:
+        """What each token counts in the step's loss, before any cut: only bnpo looks at micro-batches, which are batch_size prompts."""
+        micro_batches = mask.split(self.config.batch_size)
+        weights = [
+            token_weights(
+                part.flatten(0, 1),
+                aggregation=self.config.loss.aggregation,
+                num_step_completions=mask[..., 0].numel(),
+                num_step_tokens=int(mask.sum()),
+                max_completion_length=self.config.max_completion_length,
+                num_micro_batches=len(micro_batches),
+            ).view_as(part)
+            for part in micro_batches
+        ]
+        return torch.cat(weights)
+
+    def _piece_gradient(self, piece: WeightedBatch) -> tuple[Sequence[Tensor | None], dict[str, Tensor], Tensor]:
+        """Gradient of a piece's share of the loss, its metrics and log-probabilities. Accumulates nothing: it may be repeated.
+
+        torch.autograd.grad, not backward(): a backward pass that runs out of memory has already added to some of the .grad.
+        """
+        loss, metrics, logprobs = self._piece_loss(piece)
+        gradient = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        return gradient, metrics | {"loss": loss.detach()}, logprobs
+
+    def _piece_loss(self, piece: WeightedBatch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         config = self.config
         logprobs, entropy = completion_logprobs(self.model, piece, temperature=config.temperature)
         flat, mask = logprobs.flatten(0, 1), piece.completion_mask.flatten(0, 1)
         old = logprobs.detach() if piece.old_logprobs is None else piece.old_logprobs
-        weights = token_weights(
-            mask,
-            aggregation=config.loss.aggregation,
-            num_step_completions=num_completions,
-            num_step_tokens=num_tokens,
-            max_completion_length=config.max_completion_length,
-            num_micro_batches=num_pieces,
-        )
         sampler = piece.sampling_logprobs.flatten(0, 1)
         cap = config.loss.tis_cap
         alpha = self.entropy.alpha(self.beta.beta)
@@ -140,7 +156,7 @@ class PolicyUpdater:
             old.flatten(0, 1),
             piece.advantages.flatten(),
             mask,
-            weights,
+            piece.token_weights.flatten(0, 1),
             policy_loss=self.policy_loss,
             ref_logprobs=None if piece.ref_logprobs is None else piece.ref_logprobs.flatten(0, 1),
             kl_estimator=self.kl_estimator,
@@ -198,14 +214,14 @@ class PolicyUpdater:
 
     @torch.no_grad()
     def _measured_step_kl(self, batch: PolicyBatch) -> float:
-        total = 0.0
         with self.model.role("policy"):
-            for piece in batch.split(self.config.batch_size):
-                assert piece.old_logprobs is not None
-                now, _ = completion_logprobs(self.model, piece, temperature=self.config.temperature)
-                mask = piece.completion_mask.flatten(0, 1)
-                total += float(step_kl(now.flatten(0, 1), piece.old_logprobs.flatten(0, 1), mask).sum())
+            total = sum(kl for _, kl in self.model.budget.run(batch, self._piece_step_kl, doing="measuring the update"))
         return total / int(batch.completion_mask.sum())
+
+    def _piece_step_kl(self, piece: PolicyBatch) -> float:
+        assert piece.old_logprobs is not None
+        now, _ = completion_logprobs(self.model, piece, temperature=self.config.temperature)
+        return float(step_kl(now.flatten(0, 1), piece.old_logprobs.flatten(0, 1), piece.completion_mask.flatten(0, 1)).sum())
 
     def _metrics(self, batch: PolicyBatch, first: Mapping[str, float], last: Mapping[str, float]) -> dict[str, float]:
         """Loss, KL and entropy of the on-policy first pass; clip shares of the last one. Moves the controllers on."""
@@ -267,5 +283,11 @@ class PolicyUpdater:
         for name, controller in self._controllers().items():
             controller.load(controllers[name])
 
-    def _controllers(self) -> dict[str, AdaptiveBeta | HardStop | StepLimit | AdaptiveEntropy]:
-        return {"beta": self.beta, "hard_stop": self.hard_stop, "limit": self.limit, "entropy": self.entropy}
+    def _controllers(self) -> dict[str, AdaptiveBeta | HardStop | StepLimit | AdaptiveEntropy | TokenBudget]:
+        return {
+            "beta": self.beta,
+            "hard_stop": self.hard_stop,
+            "limit": self.limit,
+            "entropy": self.entropy,
+            "memory": self.model.budget,
+        }

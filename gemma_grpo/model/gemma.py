@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from gemma_grpo.config.schema import LoraSettings
 from gemma_grpo.data.chat import BOS_ID, END_OF_TURN_ID, START_OF_TURN_ID
 from gemma_grpo.model.attention import ATTENTION_NAME, Layout
+from gemma_grpo.model.memory import TokenBudget
 from gemma_grpo.model.precision import base_dtype, default_device, float32_logits
 
 AdapterRole = Literal["policy", "reward"]
@@ -43,6 +44,8 @@ class Gemma:
         base.set_attn_implementation(ATTENTION_NAME)
         self.name, self.tokenizer, self.config = name, tokenizer, base.config
         self.causal_lm = base
+        self.budget = TokenBudget(None)
+        """How many tokens a pass may hold: every pass over this model goes through it."""
         with torch.random.fork_rng(devices=[]), _quiet():
             # seeded: the adapter's start is part of the run, whatever drew random numbers before
             torch.manual_seed(seed)

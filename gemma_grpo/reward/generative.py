@@ -7,6 +7,7 @@ followed by a fixed suffix. Training is Bradley-Terry on those same log-odds. Qu
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -50,25 +51,31 @@ class Judge:
 class GenerativeReward:
     """Scores rollouts by the judge's log-odds, with the trained reward adapter or zero-shot (role "reference")."""
 
-    def __init__(self, model: Gemma, *, role: ModelRole = "reward", prompts_per_pass: int = 8, name: str = "generative") -> None:
-        self.name, self.role, self.prompts_per_pass = name, role, prompts_per_pass
+    def __init__(self, model: Gemma, *, role: ModelRole = "reward", name: str = "generative") -> None:
+        self.name, self.role = name, role
         self.judge = Judge(model)
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[list[float | None]]:
         """Log-odds of each completion, [N][G]. A completion cut by the length limit is judged as it is, unfinished."""
-        model, scores = self.judge.model, list[list[float | None]]()
-        with model.role(self.role), torch.no_grad():
-            for start in range(0, len(groups), self.prompts_per_pass):
-                batch = pad_rollouts(groups[start : start + self.prompts_per_pass], self.judge.suffix).to(model.device)
-                scores.extend(self.judge.log_odds(batch).tolist())
+        if not groups:
+            return []
+        scores: list[list[float | None]] = _verdicts(self.judge, pad_rollouts(groups, self.judge.suffix), self.role).tolist()
         return scores
 
 
-def score_pairs(judge: Judge, pairs: Sequence[EncodedPair], role: ModelRole, batch_size: int) -> Float[Tensor, "N 2"]:
+def score_pairs(judge: Judge, pairs: Sequence[EncodedPair], role: ModelRole) -> Float[Tensor, "N 2"]:
     """Log-odds of the chosen and the rejected reply of each pair."""
-    with judge.model.role(role), torch.no_grad():
-        pieces = [judge.log_odds(_pair_batch(judge, pairs[i : i + batch_size])).cpu() for i in range(0, len(pairs), batch_size)]
-    return torch.cat([torch.zeros(0, 2), *pieces])
+    return _verdicts(judge, _pair_batch(judge, pairs), role) if pairs else torch.zeros(0, 2)
+
+
+@torch.no_grad()
+def _verdicts(judge: Judge, batch: GroupBatch, role: ModelRole) -> Float[Tensor, "N G"]:
+    """Log-odds under a role, as many at a time as the model's token budget allows."""
+    model, verdicts = judge.model, torch.zeros(batch.completion_ids.shape[:2])
+    with model.role(role):
+        for slot, log_odds in model.budget.run(batch.to(model.device), judge.log_odds, doing="judging"):
+            slot.put(log_odds, verdicts)
+    return verdicts
 
 
 def bradley_terry_loss(rewards: Float[Tensor, "N 2"], *, centering: float = 0.0, label_smoothing: float = 0.0) -> Float[Tensor, ""]:
@@ -99,21 +106,41 @@ def train_reward_adapter(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda u: min((u + 1) / warmup, (updates - u) / max(1, updates - warmup)))
     for update in range(updates):
         batch = order[update * settings.batch_size : (update + 1) * settings.batch_size]
-        with judge.model.role("reward", train=True):
-            rewards = judge.log_odds(_pair_batch(judge, batch))
-            loss = bradley_terry_loss(rewards, centering=settings.centering, label_smoothing=settings.label_smoothing)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(
-                    f"reward adapter: the loss is {loss.item()} at update {update + 1}. Lower reward_model.learning_rate."
-                )
-            loss.backward()
+        gradient, loss, rewards = _pair_gradient(judge, batch, settings, parameters)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"reward adapter: the loss is {loss} at update {update + 1}. Lower reward_model.learning_rate.")
+        for parameter, value in zip(parameters, gradient, strict=True):
+            parameter.grad = value
         if not torch.isfinite(torch.nn.utils.clip_grad_norm_(parameters, 1.0)):
             raise FloatingPointError(f"reward adapter: a gradient is not finite at update {update + 1}. Lower reward_model.learning_rate.")
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         if progress is not None:
-            progress(update + 1, updates, loss.item(), (rewards[:, 0] > rewards[:, 1]).float().mean().item())
+            progress(update + 1, updates, loss, (rewards[:, 0] > rewards[:, 1]).float().mean().item())
+
+
+def _pair_gradient(
+    judge: Judge, pairs: Sequence[EncodedPair], settings: RewardModelSettings, parameters: Sequence[Tensor]
+) -> tuple[list[Tensor], float, Float[Tensor, "N 2"]]:
+    """Gradient of the mean loss over the pairs, that loss, and the pairs' rewards; the same however the token budget cuts them."""
+    gradient, loss, rewards = [torch.zeros_like(parameter) for parameter in parameters], 0.0, torch.zeros(len(pairs), 2)
+
+    def work(piece: GroupBatch) -> tuple[Sequence[Tensor], Tensor, Tensor]:
+        log_odds = judge.log_odds(piece)
+        mean = bradley_terry_loss(log_odds, centering=settings.centering, label_smoothing=settings.label_smoothing)
+        share = mean * (len(log_odds) / len(pairs))
+        return torch.autograd.grad(share, list(parameters)), share.detach(), log_odds.detach()
+
+    batch = _pair_batch(judge, pairs)
+    with judge.model.role("reward", train=True):
+        # whole groups: the two sides of a pair meet in one loss
+        for slot, (part, share, log_odds) in judge.model.budget.run(batch, work, doing="training the reward adapter", whole_groups=True):
+            for total, value in zip(gradient, part, strict=True):
+                total += value
+            loss += share.item()
+            slot.put(log_odds, rewards)
+    return gradient, loss, rewards
 
 
 def _pair_batch(judge: Judge, pairs: Sequence[EncodedPair]) -> GroupBatch:

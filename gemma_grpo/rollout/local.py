@@ -1,4 +1,7 @@
-"""The in-process engine: samples with the very weights that are trained, prompt by prompt prefilled once for its whole group."""
+"""The in-process engine: samples with the very weights that are trained, prompt by prompt prefilled once for its whole group.
+
+Owns how many keys and values are held at a time: a rollout that would hold more is sampled in parts, with the same completions.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gemma_grpo.data.batch import GroupBatch, pad_groups
+from gemma_grpo.data.batch import GroupBatch, pad_groups, pad_sequences
 from gemma_grpo.data.chat import STOP_IDS, reply_text
 from gemma_grpo.model.attention import DecodeLayout, GroupLayout
 from gemma_grpo.model.gemma import Gemma
@@ -18,10 +21,14 @@ from gemma_grpo.types import Completion, Prompt, RolloutGroup
 
 
 class LocalEngine:
-    """Samples in eval mode, in the dtype and with the adapter of training: |sampling - training log-prob| is rounding alone."""
+    """Samples in eval mode, in the dtype and with the adapter of training: |sampling - training log-prob| is rounding alone.
 
-    def __init__(self, model: Gemma, *, stop_ids: Sequence[int] = STOP_IDS) -> None:
-        self.model = model
+    At most `kv_tokens` tokens of keys and values are held at a time, None for no limit: a prompt needs its padded length and
+    max_completion_length for each of its completions. One completion is sampled however much it needs.
+    """
+
+    def __init__(self, model: Gemma, kv_tokens: int | None = None, *, stop_ids: Sequence[int] = STOP_IDS) -> None:
+        self.model, self.kv_tokens = model, kv_tokens
         self.stop_ids = torch.tensor(stop_ids)
 
     @torch.no_grad()
@@ -29,24 +36,30 @@ class LocalEngine:
         """One group of params.num_generations completions per prompt, in order."""
         if not prompts:
             return []
+        completions: list[Completion] = []
         with self.model.role(params.role):
-            tokens, logprobs, lengths = self._decode(prompts, params)
-        completions = [
-            self._completion(tokens[row, :length].tolist(), logprobs[row, :length].tolist()) for row, length in enumerate(lengths.tolist())
-        ]
+            for slot in _with_room_for_replies(prompts, params).slots(self.kv_tokens):
+                completions += self._decoded(prompts[slot.rows], slot.completions, params)
         size = params.num_generations
         return [RolloutGroup(prompt, tuple(completions[n * size : (n + 1) * size]), params.step) for n, prompt in enumerate(prompts)]
 
+    def _decoded(self, prompts: Sequence[Prompt], indices: slice, params: SamplingParams) -> list[Completion]:
+        """These completions of each prompt. Keys and values live no longer than this call."""
+        rows = zip(*(values.tolist() for values in self._decode(prompts, indices, params)), strict=True)
+        return [self._completion(tokens[:length], logprobs[:length]) for tokens, logprobs, length in rows]
+
     def _decode(
-        self, prompts: Sequence[Prompt], params: SamplingParams
+        self, prompts: Sequence[Prompt], indices: slice, params: SamplingParams
     ) -> tuple[Int[Tensor, "B C"], Float[Tensor, "B C"], Int[Tensor, " B"]]:
         """Tokens, their log-probabilities and how many of each row count."""
-        device, group = self.model.device, params.num_generations
+        device = self.model.device
         prefill = GroupLayout(_prompts_alone(prompts).to(device), keep_prompt_kv=True)
+        keys = row_keys(params.seed, params.step, [prompt.prompt_id for prompt in prompts], params.num_generations).to(device)
+        keys = keys.view(len(prompts), -1)[:, indices].flatten()  # a completion is drawn by its own index, whichever part it is in
+        group = len(keys) // len(prompts)
         last = self.model.hidden_states(prefill)[prefill.last_prompt_index]
         hidden = last.repeat_interleave(group, 0)  # (B, D): a group shares its prompt's last hidden state
         decode = DecodeLayout(prefill, group, params.max_completion_length)
-        keys = row_keys(params.seed, params.step, [prompt.prompt_id for prompt in prompts], group).to(device)
         tokens = torch.zeros((len(keys), params.max_completion_length), dtype=torch.long, device=device)
         logprobs = torch.zeros(tokens.shape, device=device)
         lengths = torch.full((len(keys),), params.max_completion_length, device=device)
@@ -78,6 +91,12 @@ class LocalEngine:
     def _completion(self, token_ids: list[int], logprobs: list[float]) -> Completion:
         finish = "stop" if token_ids[-1] in self.stop_ids.tolist() else "length"
         return Completion(reply_text(self.model.tokenizer, token_ids), tuple(token_ids), tuple(logprobs), finish)  # type: ignore[arg-type]
+
+
+def _with_room_for_replies(prompts: Sequence[Prompt], params: SamplingParams) -> GroupBatch:
+    """The tokens whose keys and values are held when every completion is as long as it may be."""
+    room = torch.ones((len(prompts), params.num_generations, params.max_completion_length), dtype=torch.bool)
+    return GroupBatch(*pad_sequences([prompt.token_ids for prompt in prompts]), room.long(), room)
 
 
 def _prompts_alone(prompts: Sequence[Prompt]) -> GroupBatch:

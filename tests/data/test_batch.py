@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_grpo.data.batch import GroupBatch, PolicyBatch, pad_groups, pad_rollouts, pad_sequences, pad_values
+from gemma_grpo.data.batch import GroupBatch, PolicyBatch, Slot, pad_groups, pad_rollouts, pad_sequences, pad_values
 from gemma_grpo.types import Completion, Prompt, RolloutGroup
 
 PROMPTS = [[2, 11, 12], [2, 21]]
@@ -74,7 +77,8 @@ def test_padding_on_the_left_moves_no_position_and_is_trimmed_too():
     )
     assert left.prompt_positions[left.prompt_mask].tolist() == [0, 1, 2]
     assert left.completion_positions.tolist() == right.completion_positions.tolist()
-    (piece,) = left.split(1)
+    (slot,) = left.slots(None)
+    piece = left.piece(slot)
     assert piece.prompt_ids.tolist() == [[2, 11, 12]]
 
 
@@ -99,8 +103,15 @@ def test_values_take_the_batchs_shape_with_zero_on_padding():
     assert values[1, 1].tolist() == [0, 0, 0, 0]
 
 
+def tuples(slots: Iterable[Slot]) -> list[tuple[int, int, int, int]]:
+    return [(slot.rows.start, slot.rows.stop, slot.completions.start, slot.completions.stop) for slot in slots]
+
+
 def test_pieces_hold_whole_groups_in_order_trimmed_to_their_own_longest():
-    first, second = policy_batch().split(1)
+    batch = policy_batch()
+    slots = list(batch.slots(13))  # the groups have 3 + 2 x 4 = 11 and 2 + 2 x 2 = 6 padded tokens, together 2 x 11
+    assert tuples(slots) == [(0, 1, 0, 2), (1, 2, 0, 2)]
+    first, second = (batch.piece(slot) for slot in slots)
     assert first.prompt_ids.tolist() == [[2, 11, 12]]
     assert second.prompt_ids.tolist() == [[2, 21]]
     assert first.completion_ids.shape == (1, 2, 4)
@@ -108,31 +119,89 @@ def test_pieces_hold_whole_groups_in_order_trimmed_to_their_own_longest():
     assert second.ref_logprobs.tolist() == [[[-41.0, -106.0], [0.0, 0.0]]]
     assert second.advantages.tolist() == [[2.0, -2.0]]
     assert first.old_logprobs is None
+    assert (first.num_padded_tokens, second.num_padded_tokens) == (11, 6)
+
+
+@pytest.mark.parametrize(
+    ("token_budget", "expected"),
+    [
+        (None, [(0, 2, 0, 2)]),
+        (22, [(0, 2, 0, 2)]),  # 2 x (3 + 2 x 4)
+        (21, [(0, 1, 0, 2), (1, 2, 0, 2)]),
+        (11, [(0, 1, 0, 2), (1, 2, 0, 2)]),
+        (10, [(0, 1, 0, 1), (0, 1, 1, 2), (1, 2, 0, 2)]),  # the first group, 11, one completion at a time: 3 + 2 and 3 + 4
+        (6, [(0, 1, 0, 1), (0, 1, 1, 2), (1, 2, 0, 2)]),  # its second completion alone has 7, and is a piece all the same
+        (5, [(0, 1, 0, 1), (0, 1, 1, 2), (1, 2, 0, 1), (1, 2, 1, 2)]),
+        (1, [(0, 1, 0, 1), (0, 1, 1, 2), (1, 2, 0, 1), (1, 2, 1, 2)]),
+    ],
+)
+def test_pieces_by_hand(token_budget, expected):
+    assert tuples(policy_batch().slots(token_budget)) == expected
+
+
+def test_whole_groups_stay_together_however_large_they_are():
+    assert tuples(policy_batch().slots(1, whole_groups=True)) == [(0, 1, 0, 2), (1, 2, 0, 2)]
+    assert tuples(policy_batch().slots(22, whole_groups=True)) == [(0, 2, 0, 2)]
+
+
+def test_a_part_of_a_group_keeps_its_prompt_and_its_own_columns():
+    piece = policy_batch().piece(Slot(slice(0, 1), slice(0, 1)))
+    assert piece.prompt_ids.tolist() == [[2, 11, 12]]
+    assert piece.completion_ids.tolist() == [[[31, 106]]]
+    assert piece.advantages.tolist() == [[1.0]]
+    assert piece.completion_positions.tolist() == [[[3, 4]]]
+
+
+def test_a_slot_within_a_slot_counts_from_the_whole_batch():
+    inner = Slot(slice(3, 5), slice(2, 6)).inner(Slot(slice(1, 2), slice(0, 3)))
+    assert inner == Slot(slice(4, 5), slice(2, 5))
 
 
 SEQUENCE = st.lists(st.integers(3, 9), max_size=5)
-
-
-@given(
-    st.lists(st.tuples(SEQUENCE.map(lambda ids: [2, *ids]), st.lists(SEQUENCE, min_size=3, max_size=3)), min_size=1, max_size=5),
-    st.integers(1, 5),
+GROUPS = st.lists(
+    st.tuples(SEQUENCE.map(lambda ids: [2, *ids]), st.lists(SEQUENCE, min_size=3, max_size=3)), min_size=1, max_size=5
 )
-def test_a_piece_equals_the_batch_of_its_own_groups(groups, size):
+
+
+@given(GROUPS, st.integers(1, 80))
+def test_a_piece_equals_the_batch_of_its_own_groups(groups, token_budget):
     prompts, completions = [prompt for prompt, _ in groups], [completion for _, completion in groups]
-    for number, piece in enumerate(pad_groups(prompts, completions).split(size)):
-        rows = slice(number * size, (number + 1) * size)
-        alone = pad_groups(prompts[rows], completions[rows])
+    batch = pad_groups(prompts, completions)
+    for slot in batch.slots(token_budget):
+        piece, alone = batch.piece(slot), pad_groups(prompts[slot.rows], [group[slot.completions] for group in completions[slot.rows]])
         for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "prompt_positions", "completion_positions"):
             assert getattr(piece, name).tolist() == getattr(alone, name).tolist(), name
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_splitting_loses_and_doubles_no_token(size):
-    batch = policy_batch()
-    pieces = list(batch.split(size))
-    assert sum(int(piece.completion_mask.sum()) for piece in pieces) == int(batch.completion_mask.sum()) == 8
-    tokens = torch.cat([piece.completion_ids[piece.completion_mask] for piece in pieces])
-    assert tokens.tolist() == batch.completion_ids[batch.completion_mask].tolist()
+@given(GROUPS, st.integers(1, 80))
+def test_pieces_fit_are_as_large_as_they_may_be_and_fill_every_place_once(groups, token_budget):
+    batch = pad_groups([prompt for prompt, _ in groups], [completion for _, completion in groups])
+    slots = list(batch.slots(token_budget))
+    places, tokens = torch.zeros(batch.completion_ids.shape[:2]), torch.full(batch.completion_ids.shape, -1)
+    for slot in slots:
+        piece = batch.piece(slot)
+        rows, group = piece.completion_ids.shape[:2]
+        assert piece.num_padded_tokens <= token_budget or rows == group == 1
+        assert rows == 1 or group == 3
+        places[slot.rows, slot.completions] += 1
+        slot.put(piece.completion_ids, tokens)
+    assert places.eq(1).all()
+    assert torch.equal(tokens[batch.completion_mask], batch.completion_ids[batch.completion_mask])
+    assert tuples(slots) == sorted(tuples(slots))
+    for first, second in pairwise(slots):
+        if first.rows != second.rows and first.completions == second.completions == slice(0, 3):
+            joined = batch.piece(Slot(slice(first.rows.start, second.rows.start + 1), slice(0, 3)))
+            assert joined.num_padded_tokens > token_budget  # or the next group would have been in it
+
+
+def test_values_of_a_piece_return_to_their_place():
+    scores, logprobs = torch.zeros(2, 2), torch.zeros(2, 2, 4)
+    slot = Slot(slice(1, 2), slice(0, 1))
+    slot.put(torch.tensor([[7.0]]), scores)
+    slot.put(torch.tensor([[[5.0, 6.0]]]), logprobs)  # narrower than the batch
+    assert scores.tolist() == [[0, 0], [7, 0]]
+    assert logprobs[1].tolist() == [[5, 6, 0, 0], [0, 0, 0, 0]]
+    assert logprobs[0].count_nonzero() == 0
 
 
 def test_moving_a_batch_keeps_its_values_and_its_absent_fields():

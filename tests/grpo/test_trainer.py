@@ -280,7 +280,7 @@ def test_the_evaluation_is_of_reference_and_policy_and_their_distance(train_tiny
         assert evaluation["length"][side] == sum(len(group.completions[0].token_ids) for group in groups) / 4
         sampled[role] = groups
     batch = pad_rollouts(sampled["policy"])
-    reference = role_logprobs(trainer.model, batch, "reference", prompts_per_piece=4, temperature=1.0)
+    reference = role_logprobs(trainer.model, batch, "reference", temperature=1.0)
     total = sum(sum(group.completions[0].sampling_logprobs) for group in sampled["policy"]) - float(reference.sum())
     assert evaluation["kl_sequence"]["after"] == pytest.approx(total / 4, rel=1e-4)
     assert evaluation["kl"]["after"] == pytest.approx(total / int(batch.completion_mask.sum()), rel=1e-4)

@@ -196,7 +196,7 @@ def test_log_probabilities_of_policy_and_reference_agree(world, peer, temperatur
     mask = batch.completion_mask.flatten(0, 1)
     assert torch.equal(inputs["completion_mask"].bool(), mask)
     assert torch.equal(inputs["completion_ids"], batch.completion_ids.flatten(0, 1))
-    policy = role_logprobs(world.model, batch, "policy", prompts_per_piece=2, temperature=temperature).flatten(0, 1)
+    policy = role_logprobs(world.model, batch, "policy", temperature=temperature).flatten(0, 1)
     reference = batch.ref_logprobs.flatten(0, 1)
     assert_close(policy[mask], theirs.logprobs(inputs)[mask])
     assert_close(reference[mask], inputs["ref_per_token_logps"][mask])
@@ -208,7 +208,7 @@ def test_log_probabilities_of_policy_and_reference_agree(world, peer, temperatur
 
 def off_policy(world: Any, batch: PolicyBatch) -> PolicyBatch:
     """Old log-probabilities up to 1 nat away: ratios from 0.37 to 2.7, many of them beyond the clip."""
-    now = role_logprobs(world.model, batch, "policy", prompts_per_piece=4, temperature=1.0)
+    now = role_logprobs(world.model, batch, "policy", temperature=1.0)
     noise = torch.rand(now.shape, generator=torch.Generator().manual_seed(3)) * 2 - 1
     return replace(batch, old_logprobs=torch.where(batch.completion_mask, now + noise, 0.0))
 

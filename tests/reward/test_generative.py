@@ -19,6 +19,7 @@ from gemma_grpo.data.chat import judge_suffix_ids, prompt_ids, reply_ids
 from gemma_grpo.data.prompts import EncodedPair, encode_pairs
 from gemma_grpo.model.attention import ATTENTION_NAME
 from gemma_grpo.model.gemma import Gemma
+from gemma_grpo.model.memory import TokenBudget
 from gemma_grpo.reward.base import Reward
 from gemma_grpo.reward.generative import (
     JUDGE_QUESTION,
@@ -86,10 +87,11 @@ def test_the_two_roles_give_two_verdicts(model: Gemma) -> None:
     assert reward.name == "generative"
 
 
-@pytest.mark.parametrize("prompts_per_pass", [1, 2, 3])
-def test_the_batch_changes_no_score(model: Gemma, prompts_per_pass: int) -> None:
+@pytest.mark.parametrize("tokens", [None, 200, 100, 1])
+def test_the_batch_changes_no_score(model: Gemma, tokens: int | None) -> None:
     groups = [new_group(model, f"question {n}?", replies) for n, replies in enumerate(REPLIES)]
-    reward = GenerativeReward(model, prompts_per_pass=prompts_per_pass)
+    reward = GenerativeReward(model)
+    model.budget = TokenBudget(tokens)
     together = reward.score(groups)
     for n, group in enumerate(groups):
         for g, completion in enumerate(group.completions):
@@ -134,17 +136,19 @@ def test_the_prompt_is_computed_once_for_both_replies_of_a_pair(model: Gemma) ->
     judge, pairs = Judge(model), new_pairs(model, 3)
     seen: list[int] = []
     model.causal_lm.model.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(args[0].numel()))
-    score_pairs(judge, pairs, "reward", batch_size=2)
     expected = [len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) + 2 * len(judge.suffix) for pair in pairs]
-    assert seen == [expected[0] + expected[1], expected[2]]
+    model.budget = TokenBudget(max(expected) + 2)  # one pair fits, padding included, and not two
+    score_pairs(judge, pairs, "reward")
+    assert seen == expected
 
 
 def test_pair_scores_are_rollout_scores(model: Gemma) -> None:
     pairs = new_pairs(model, 3)
-    scores = score_pairs(Judge(model), pairs, "reward", batch_size=2)
+    model.budget = TokenBudget(2 * len(pairs[0].prompt_ids))
+    scores = score_pairs(Judge(model), pairs, "reward")
     groups = [new_group(model, p.pair.messages[0]["content"], [p.pair.chosen, p.pair.rejected]) for p in pairs]
     assert torch.allclose(scores, torch.tensor(GenerativeReward(model).score(groups)), atol=2e-5)
-    assert score_pairs(Judge(model), (), "reward", batch_size=2).shape == (0, 2)
+    assert score_pairs(Judge(model), (), "reward").shape == (0, 2)
 
 
 def test_a_reply_cut_by_the_limit_is_judged_unfinished(model: Gemma) -> None:
@@ -168,7 +172,7 @@ def test_a_dialogue_too_long_loses_its_oldest_turns_and_no_token_of_a_reply(mode
     assert shortened[0].chosen_ids == whole[0].chosen_ids == tuple(reply_ids(model.tokenizer, pair.chosen))
     text = [*shortened[0].prompt_ids, *shortened[0].chosen_ids, *judge.suffix]
     assert len(text) == limit < len(whole[0].prompt_ids)
-    score = float(score_pairs(judge, shortened, "reward", 1)[0, 0])
+    score = float(score_pairs(judge, shortened, "reward")[0, 0])
     assert score == pytest.approx(plain_log_odds(model, "reward", text), abs=2e-5)
 
 
@@ -210,32 +214,43 @@ def weights(model: Gemma, role: Any) -> list[torch.Tensor]:
 def test_training_on_separable_pairs_raises_held_out_accuracy(new_gemma: Callable[..., Gemma]) -> None:
     model = new_gemma(moved=0, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], sliding_window=32)
     judge = Judge(model)
-    zero_shot = score_pairs(judge, new_pairs(model, 20, first=500), "reference", 10)
+    zero_shot = score_pairs(judge, new_pairs(model, 20, first=500), "reference")
     liked, disliked = ("good", "bad") if float((zero_shot[:, 0] - zero_shot[:, 1]).mean()) < 0 else ("bad", "good")
     held_out = new_pairs(model, 20, liked, disliked, first=500)  # prefer what the base does not
-    before = score_pairs(judge, held_out, "reward", 10)
+    before = score_pairs(judge, held_out, "reward")
     policy, base = weights(model, "policy"), model.head_weight.clone()
     seen: list[tuple[int, int, float, float]] = []
     train_reward_adapter(
         judge, new_pairs(model, 92, liked, disliked), SETTINGS, seed=0, progress=lambda *update: seen.append(tuple(update))
     )
-    after = score_pairs(judge, held_out, "reward", 10)
+    after = score_pairs(judge, held_out, "reward")
     assert accuracy(before[:, 0] - before[:, 1])["value"] <= 0.5
     assert accuracy(after[:, 0] - after[:, 1])["value"] >= 0.95
     assert [update[:2] for update in seen] == [(n, 12) for n in range(1, 13)]  # 92 pairs by 8: eleven whole batches and one of 4
     assert seen[-1][2] < seen[0][2]
     assert all(map(torch.equal, weights(model, "policy"), policy))
     assert torch.equal(model.head_weight, base)
-    assert torch.equal(score_pairs(judge, held_out, "reference", 10), score_pairs(judge, held_out, "policy", 10))
+    assert torch.equal(score_pairs(judge, held_out, "reference"), score_pairs(judge, held_out, "policy"))
 
 
-def trained(new_gemma: Callable[..., Gemma], *, seed: int = 0, shuffle: bool = False, **changes: Any) -> list[torch.Tensor]:
+def trained(
+    new_gemma: Callable[..., Gemma], *, seed: int = 0, shuffle: bool = False, tokens: int | None = None, **changes: Any
+) -> list[torch.Tensor]:
     lora = LoraSettings(dropout=changes.pop("dropout", 0.0))
     model = new_gemma(lora=lora, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], sliding_window=32)
+    model.budget = TokenBudget(tokens)
     pairs = new_pairs(model, 12)
     torch.rand(changes.pop("drawn_before", 0))
     train_reward_adapter(Judge(model), pairs[::-1] if shuffle else pairs, SETTINGS.model_copy(update=changes), seed=seed)
     return weights(model, "reward")
+
+
+@pytest.mark.parametrize("tokens", [1, 500])
+def test_the_token_budget_does_not_change_the_training(new_gemma: Callable[..., Gemma], tokens: int) -> None:
+    whole, cut = trained(new_gemma, centering=0.1), trained(new_gemma, centering=0.1, tokens=tokens)
+    start = weights(new_gemma(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], sliding_window=32), "reward")
+    moved = max(float((a - b).abs().max()) for a, b in zip(whole, start, strict=True))
+    assert max(float((a - b).abs().max()) for a, b in zip(whole, cut, strict=True)) < 1e-3 * moved
 
 
 def test_training_depends_on_the_seed_and_the_pairs_and_not_on_their_order(new_gemma: Callable[..., Gemma]) -> None:

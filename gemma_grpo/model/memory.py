@@ -1,0 +1,130 @@
+"""How much one pass may hold, and what happens when that was too much: cut smaller, repeat, remember.
+
+Owns the number of tokens of a forward (and backward) pass, which errors mean that memory ran out, and giving memory back.
+How a batch is cut is data/batch.py's; what a whole run needs is worked out before it starts (planner.py).
+"""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from gemma_grpo.data.batch import GroupBatch, Slot
+
+Batch = TypeVar("Batch", bound=GroupBatch)
+Result = TypeVar("Result")
+
+_ALLOCATOR_TEXTS = ("can't allocate memory", "not enough memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What torch's CPU allocator (Linux, then other systems), C++ and cuBLAS say in a RuntimeError that has no class of its own."""
+
+
+class DoesNotFitError(RuntimeError):
+    """Not even the smallest piece of a pass fits in memory: the run cannot go on with these settings."""
+
+
+class TokenBudget:
+    """Padded tokens, prompts and completions, that one pass may hold; None: no limit. Halved whenever memory runs out, for good."""
+
+    def __init__(self, tokens: int | None) -> None:
+        self.tokens = tokens
+        self.halvings = 0
+        """Times memory ran out so far, each followed by a repetition with half the tokens."""
+
+    def run(
+        self, batch: Batch, work: Callable[[Batch], Result], *, doing: str, whole_groups: bool = False
+    ) -> Iterator[tuple[Slot, Result]]:
+        """Do work on the batch piece by piece, in order; yields each piece's place (Slot.put) and its result.
+
+        A piece that runs out of memory is cut smaller and done again, so `work` must change nothing outside itself: what it
+        found counts once it is yielded. Random draws of the attempt, dropout's, are taken back too. `doing` names the pass
+        in errors; `whole_groups` keeps groups in one piece, where their losses need each other. Raises DoesNotFitError.
+        """
+        device = batch.prompt_ids.device
+        waiting = list(batch.slots(self.tokens, whole_groups=whole_groups))
+        while waiting:
+            piece, draws = batch.piece(waiting[0]), _random_states(device)
+            try:
+                result = work(piece)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                _drop_frames(error)
+                if not _can_be_cut(piece, whole_groups):
+                    raise DoesNotFitError(_too_large(piece, doing, device)) from error
+            else:
+                yield waiting.pop(0), result
+                continue
+            # only here, with the exception gone, does nothing hold the failed attempt's tensors any more
+            gc.collect()
+            release(device)
+            _set_random_states(device, draws)
+            self._halve(piece.num_padded_tokens)
+            waiting = [slot.inner(part) for slot in waiting for part in batch.piece(slot).slots(self.tokens, whole_groups=whole_groups)]
+
+    def _halve(self, failed: int) -> None:
+        self.tokens = max(1, min(self.tokens or failed, failed) // 2)
+        self.halvings += 1
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps: a resumed run cuts as the uninterrupted one did."""
+        learned = {} if self.tokens is None or not self.halvings else {"tokens": float(self.tokens)}
+        return {"halvings": float(self.halvings), **learned}
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """Continue from what state() gave; a budget that was given smaller than the one then learned stays."""
+        self.halvings = int(state["halvings"])
+        if "tokens" in state:
+            learned = int(state["tokens"])
+            self.tokens = learned if self.tokens is None else min(self.tokens, learned)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that an allocation failed, on a GPU or in the machine's own memory."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATOR_TEXTS)
+
+
+def release(device: torch.device) -> None:
+    """Give memory that torch keeps for later back to the device, so that the next phase can have it in other sizes."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _can_be_cut(piece: GroupBatch, whole_groups: bool) -> bool:
+    num_prompts, group = piece.completion_ids.shape[:2]
+    return num_prompts > 1 or (group > 1 and not whole_groups)
+
+
+def _too_large(piece: GroupBatch, doing: str, device: torch.device) -> str:
+    group, length = piece.completion_ids.shape[1:]
+    what = "one completion" if group == 1 else f"one group of {group} completions"
+    return (
+        f"out of memory on {device} while {doing}: {what} of {length} tokens after a prompt of {piece.prompt_ids.shape[1]} does not fit, "
+        "and no smaller piece can be cut. Lower max_completion_length or max_prompt_length, set gradient_checkpointing=true or "
+        "quantization=nf4, or take a smaller model."
+    )
+
+
+def _drop_frames(error: BaseException) -> None:
+    """Empty the frames of an exception and of those it was raised from: their locals are the failed pass's tensors."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *cuda]
+
+
+def _set_random_states(device: torch.device, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
