@@ -16,6 +16,9 @@ ASIDE = -1
 ROWS: dict[str, float] = {
     "config": 0,
     "types": 0,
+    "shapes": 0,
+    "cards": 0,
+    "access": 1,
     "grpo.advantages": 1,
     "grpo.loss": 1,
     "grpo.control": 1,
@@ -47,7 +50,7 @@ HOMES = {
     "transformers": ("data", "model"),
     "peft": ("model",),
     "datasets": ("data",),
-    "huggingface_hub": ("data", "model"),
+    "huggingface_hub": ("access",),
     "safetensors": ("checkpoint",),
     "filelock": ("monitor.events",),
     "rich": ("monitor.terminal",),

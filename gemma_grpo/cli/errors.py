@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import sys
 import traceback
-from collections.abc import Iterator
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from gemma_grpo.access import AccessError
 from gemma_grpo.config import ConfigError, printable
 
 _PACKAGE = str(Path(__file__).resolve().parents[1])
@@ -29,32 +29,6 @@ class Exit(IntEnum):
     """By a signal; sysexits.h calls it EX_TEMPFAIL: the same command continues or repeats the run."""
 
 
-_ACCESS = {
-    "GatedRepoError": (
-        "is gated, and this account has not been granted access.",
-        "Accept the licence on the model's page at https://huggingface.co, with the account that `hf auth whoami` names.",
-    ),
-    "RepositoryNotFoundError": (
-        "was not found, or is private: the Hub answers the same for both.",
-        "Check the spelling; if it is right, run `hf auth login` with an account that may read it.",
-    ),
-    "LocalTokenNotFoundError": (
-        "needs a login, and this machine has none.",
-        "Run `hf auth login`, or set HF_TOKEN. `gemma-grpo demo` needs neither.",
-    ),
-    "OfflineModeIsEnabled": (
-        "is not on this machine, and HF_HUB_OFFLINE=1 forbids fetching it.",
-        "Unset HF_HUB_OFFLINE once, or give the path of a local folder as model_name or dataset.",
-    ),
-    "LocalEntryNotFoundError": (
-        "is not on this machine, and the Hub cannot be reached.",
-        "Check the network, or give the path of a local folder. `gemma-grpo demo` needs no network.",
-    ),
-}
-"""Name of a huggingface_hub error -> (what, remedy). Names, because importing the library for them would cost every command."""
-
-_NO_NAME = "HFValidationError"
-"""What the Hub's library calls a name that is neither a folder here nor a possible id there."""
 _USAGE = ("ConfigError", "DataError", "RunDirectoryError")
 
 
@@ -62,12 +36,10 @@ def exit_code(error: BaseException) -> Exit:
     """The code of the process that ends with `error`."""
     if _is_usage_of_verbs(error):
         return Exit.USAGE
-    if "DataAccessError" in _names(error) or _access_error(error) is not None:
+    if isinstance(error, AccessError):
         return Exit.ACCESS
     if "PreflightError" in _names(error):
         return Exit.PREFLIGHT
-    if any(_NO_NAME in _names(one) for one in _chain(error)):
-        return Exit.USAGE
     # a run directory that could be used and then could not be written is no mistake of usage
     if _names(error).intersection(_USAGE) and not isinstance(error.__cause__, OSError):
         return Exit.USAGE
@@ -81,11 +53,8 @@ def explained(error: BaseException) -> str:
     elif isinstance(error, ConfigError):
         count = len(error.problems)
         first, rest = f"{count} {'problem' if count == 1 else 'problems'} in the settings:", [str(problem) for problem in error.problems]
-    elif (access := _access_error(error)) is not None and "DataAccessError" not in _names(error):
-        what, remedy = _ACCESS[next(name for name in _ACCESS if name in _names(access))]
-        first, rest = f"{_repository(access)} {what}", [remedy]
-    elif any(_NO_NAME in _names(one) for one in _chain(error)):
-        first, rest = str(error), ["model_name and dataset are a folder or file on this machine, or a Hub id such as google/gemma-3-1b-it."]
+    elif isinstance(error, AccessError):
+        first, rest = error.what, list(error.steps)
     elif isinstance(error, (ValueError, ArithmeticError)) and _raised_here(error):
         first, rest = _sentences(str(error))
     else:
@@ -104,14 +73,6 @@ def report(error: BaseException, *, debug: bool) -> Exit:
     return exit_code(error)
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what caused it: transformers wraps the Hub's errors in OSError."""
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
-
-
 def _names(error: BaseException) -> set[str]:
     return {cls.__name__ for cls in type(error).__mro__}
 
@@ -119,16 +80,6 @@ def _names(error: BaseException) -> set[str]:
 def _is_usage_of_verbs(error: Any) -> TypeGuard[Any]:
     """An error of the command-line parser; typer carries its own copy of click's classes, older versions use click's."""
     return hasattr(error, "format_message") and hasattr(error, "exit_code")
-
-
-def _access_error(error: BaseException) -> BaseException | None:
-    return next((one for one in _chain(error) if _names(one).intersection(_ACCESS)), None)
-
-
-def _repository(error: BaseException) -> str:
-    """The repository an error of the Hub speaks of, from the address in it."""
-    found = re.search(r"huggingface\.co/(?:api/)?(?:models/|datasets/)?([\w.-]+/[\w.-]+)", str(error))
-    return found[1] if found else "the repository"
 
 
 def _raised_here(error: BaseException) -> bool:

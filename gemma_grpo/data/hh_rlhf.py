@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from itertools import islice, tee
 from typing import Any
 
-from gemma_grpo.data.sources import DataAccessError, DataError, RowSource, describe_columns, open_rows
+from gemma_grpo.data.sources import DataError, RowSource, describe_columns, open_rows
 from gemma_grpo.types import Message, PreferencePair, Role
 
-__all__ = ["DataAccessError", "DataError", "LoadedPairs", "load_hh_rlhf", "message_turns", "parse_pairs", "transcript_turns"]
+__all__ = ["DataError", "LoadedPairs", "load_hh_rlhf", "message_turns", "parse_pairs", "transcript_turns"]
 
 NAMED_REASONS = ("empty_final_reply", "prompts_differ", "roles_do_not_alternate")
 """Reasons real hh-rlhf rows are dropped for; a row is counted under the first that applies, in this order."""

@@ -16,6 +16,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
+from gemma_grpo.access import access_problem, hub_errors
+
 RowSource: TypeAlias = "str | os.PathLike[str] | Iterable[Any]"
 
 FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
@@ -26,10 +28,6 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 class DataError(ValueError):
     """Data that cannot be used: what is wrong, where, and how to mend it."""
-
-
-class DataAccessError(DataError):
-    """A Hub dataset that could not be reached: gated, private, missing, or not cached while offline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +44,8 @@ class Rows:
 def open_rows(source: RowSource) -> Rows:
     """Rows of a file, a Hub id, a list of rows or a datasets.Dataset; of several splits "train" is read.
 
-    Raises DataError for what can be seen before the first row; reading on raises it with the line number.
+    Raises DataError for what can be seen before the first row; reading on raises it with the line number. Raises AccessError for a Hub
+    dataset that cannot be had: gated, private, missing, or not cached while offline.
     """
     if isinstance(source, (str, os.PathLike)):
         text = os.fspath(source)
@@ -191,19 +190,15 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
 
 def _hub_rows(hub_id: str) -> Iterator[Any]:
     import datasets
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         loaded = datasets.load_dataset(hub_id)
-    except (OSError, HfHubHTTPError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataAccessError(f"Hub dataset {hub_id} could not be loaded ({_first_line(error)}). {_access_remedy(hub_id)}") from error
+    except hub_errors(ValueError, datasets.exceptions.DatasetsError) as error:
+        # datasets says "not found" for what is gated, private, offline or misspelt: the Hub itself is asked why
+        problem = access_problem(hub_id, "dataset")
+        unreadable = DataError(f"Hub dataset {hub_id} could not be read ({_first_line(error)}). Give a file of its rows instead.")
+        raise problem or unreadable from error
     return iter(_one_split(loaded, f"Hub dataset {hub_id}"))
-
-
-def _access_remedy(hub_id: str) -> str:
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        return f"HF_HUB_OFFLINE is set: run once online, `hf download --repo-type dataset {hub_id}`, or give a file."
-    return "Check the name and the network; a gated or private dataset needs its terms accepted and `hf auth login`. Or give a file."
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,13 +3,11 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import subprocess
-import sys
 
 import datasets
 import pytest
 
-from gemma_grpo.data.sources import DataAccessError, DataError, open_rows
+from gemma_grpo.data.sources import DataError, open_rows
 
 ROWS = [{"prompt": "one\u2028line", "n": 1}, {"prompt": "zwei ü", "n": 2}]
 LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n"
@@ -143,16 +141,3 @@ def test_several_splits_without_a_train_split_are_named():
     one = datasets.Dataset.from_list(ROWS)
     assert rows(datasets.DatasetDict({"test": one})) == ROWS
     assert "no split named train (found: a, b)" in read_error({"a": one, "b": one})
-
-
-def test_an_uncached_hub_id_offline_is_an_access_error_that_says_how_to_mend_it(tmp_path):
-    # a process of its own: the libraries read HF_HUB_OFFLINE once, when they are imported
-    script = (
-        "from gemma_grpo.data.sources import DataAccessError, open_rows\n"
-        "try: open_rows('owner/never-downloaded')\n"
-        "except DataAccessError as error: print(error)\n"
-    )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True, timeout=120)
-    assert "HF_HUB_OFFLINE is set" in done.stdout
-    assert issubclass(DataAccessError, ValueError)
