@@ -16,8 +16,8 @@ ASIDE = -1
 ROWS: dict[str, float] = {
     "config": 0,
     "types": 0,
-    "shapes": 0,
     "cards": 0,
+    "shapes": 1,  # on the adapter's settings
     "access": 1,
     "grpo.advantages": 1,
     "grpo.loss": 1,
