@@ -17,22 +17,15 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from gemma_grpo.config import printable
+from gemma_grpo.shapes import MINIATURE, MINIATURE_DIR, known_shapes
 
 Kind = Literal["model", "dataset"]
 
-MINIATURE_DIR = Path(__file__).parent / "miniature" / "model"
 CONFIG_FILES = ("*.json", "tokenizer.model", "chat_template.jinja")
 WEIGHT_FILES = ("*.safetensors",)
 """What is fetched of a checkpoint. Pickled weights and code (.bin, .pt, .py) are not fetched, so they cannot be read by mistake."""
 
-KNOWN_NAMES = {
-    "model": (
-        "miniature",
-        *("google/gemma-3-270m-it", "google/gemma-3-270m"),
-        *(f"google/gemma-3-{size}-{kind}" for size in ("1b", "4b", "12b", "27b") for kind in ("it", "pt")),
-    ),
-    "dataset": ("Anthropic/hh-rlhf",),
-}
+KNOWN_NAMES = {"model": (MINIATURE, *known_shapes()), "dataset": ("Anthropic/hh-rlhf",)}
 """For "did you mean": a wrong name must be answered without asking anybody."""
 
 _NO_ACCOUNT = "No account? `gemma-grpo demo` needs none."
@@ -66,11 +59,8 @@ def checkpoint_folder(name: str, *, weights: bool = True) -> Path:
     A checkpoint in the cache is used when the Hub is off, unreachable, or refuses.
     Raises AccessError when the Hub's files cannot be had, ValueError for a name that is neither a folder nor a possible Hub id.
     """
-    if name == "miniature":
-        return MINIATURE_DIR
-    if name and (folder := Path(name).expanduser()).is_dir():
+    if (folder := local_folder(name)) is not None:
         return folder
-    _check_name(name)
     problem = access_problem(name)
     if problem is None:
         return _download(name, weights=weights)
@@ -78,6 +68,34 @@ def checkpoint_folder(name: str, *, weights: bool = True) -> Path:
     if cached is None:
         raise problem
     return cached
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder of a local checkpoint or of "miniature", None for what can only be a Hub id. Asks nobody.
+
+    Raises ValueError for a name that is neither a folder nor a possible Hub id.
+    """
+    path, shown = Path(name).expanduser(), printable(name[:200])
+    if name == MINIATURE:
+        return MINIATURE_DIR
+    if name and os.path.isdir(path):  # Path.exists raises for names too long to be one
+        return path
+    if name and os.path.exists(path):
+        raise ValueError(f"{shown} is a file. Give the folder that holds config.json and the .safetensors files.")
+    outside = name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1 or name.endswith("/")
+    if outside or os.path.isdir(name.partition("/")[0]):
+        raise ValueError(f"{shown}: no such folder. {_did_you_mean(name, 'model')}Check the path.")
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise ValueError(
+            f"{shown!r} is neither a folder here nor a possible Hub id. {_did_you_mean(name, 'model')}"
+            "Give a folder, or a Hub id such as google/gemma-3-1b-it."
+        ) from None
+    return None
 
 
 def cached_folder(name: str, *, weights: bool = True) -> Path | None:
@@ -126,26 +144,6 @@ def in_home(path: Path | str) -> str:
     """A path as a message may show it, the home folder written as ~."""
     text, home = str(path), str(Path.home())
     return f"~{text[len(home) :]}" if text == home or text.startswith(home + os.sep) else text
-
-
-def _check_name(name: str) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    path = Path(name).expanduser()
-    shown = printable(name[:200])
-    if name and os.path.exists(path):  # Path.exists raises for names too long to be one
-        raise ValueError(f"{shown} is a file. Give the folder that holds config.json and the .safetensors files.")
-    outside = name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1 or name.endswith("/")
-    if outside or os.path.isdir(name.partition("/")[0]):
-        raise ValueError(f"{shown}: no such folder. {_did_you_mean(name, 'model')}Check the path.")
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        raise ValueError(
-            f"{shown!r} is neither a folder here nor a possible Hub id. {_did_you_mean(name, 'model')}"
-            "Give a folder, or a Hub id such as google/gemma-3-1b-it."
-        ) from None
 
 
 def _download(name: str, *, weights: bool) -> Path:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from hub_server import Hub, Repository, Token, serving
 
-from gemma_grpo.access import KNOWN_NAMES, MINIATURE_DIR, AccessError, checkpoint_folder, in_home
+from gemma_grpo.access import KNOWN_NAMES, AccessError, checkpoint_folder, in_home
+from gemma_grpo.shapes import MINIATURE_DIR
 
 GEMMA = "google/gemma-3-1b-it"
 SECRET = "hf_aSecretThatNobodyMaySee"
