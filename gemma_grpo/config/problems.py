@@ -29,8 +29,8 @@ _REFUSED = {
     "per_device_train_batch_size": "counts completions in TRL; batch_size here counts prompts, each with num_generations completions.",
     "reward_funcs": "is `reward` here: a name with its weight below it, such as `reward:` / `  length: 1.0`.",
     "reward_weights": "stand beside the names in `reward` here: `reward:` / `  length: 1.0`.",
-    "fp16": "is `precision` here: auto, fp32 or bf16. Plain fp16 overflows on Gemma 3.",
-    "bf16": "is `precision` here: auto, fp32 or bf16.",
+    "fp16": "is `precision` here: auto, fp32, bf16 or fp16_rescaled. Plain fp16 overflows on Gemma 3.",
+    "bf16": "is `precision` here: auto, fp32, bf16 or fp16_rescaled.",
 }
 
 _SYNONYMS = {
@@ -183,7 +183,10 @@ def _names(model: type[BaseModel], parents: KeyPath = ()) -> Iterator[KeyPath]:
 
 def _not_a_choice(error: ErrorDetails, path: KeyPath, value: str) -> str:
     if path[:1] == ("precision",) and str(error["input"]).lower() in ("fp16", "float16", "half", "16"):
-        return f"is {value}; Gemma 3's residual stream exceeds what fp16 can hold (65504), and turns to infinity. Use auto, bf16 or fp32."
+        return (
+            f"is {value}; Gemma 3's residual stream exceeds what fp16 can hold (65504), and turns to infinity. "
+            "Use auto, or fp16_rescaled, which is exact."
+        )
     if path[:2] == ("lora", "target_modules") and error["input"] in ("lm_head", "embed_tokens"):
         return f"names {value}; Gemma ties lm_head and embed_tokens, so merging would change both. Use attention and mlp layers only."
     choices = error.get("ctx", {}).get("expected", "").replace("'", "").replace(" or ", ", ")

@@ -146,6 +146,17 @@ class RewardModelSettings(Stage):
     """PAR: sigmoid(reward - reward of the dataset's reply, or of the reference policy's mean) (arXiv:2502.18770)."""
 
 
+class MemorySettings(Stage):
+    """How much is held at a time. It decides speed and memory, never the result: gradients and completions stay the same."""
+
+    limit_gib: Positive | None = None
+    """Device memory this run may use, GiB (2^30 bytes); null takes what the card (or without one the machine) has."""
+    token_budget: Count | None = None
+    """Tokens of one forward and backward pass, prompt and completions; null takes what batch_size full groups hold, if it fits."""
+    kv_token_budget: Count | None = None
+    """Tokens of keys and values held at a time while sampling; null samples a whole step's prompts together, if they fit."""
+
+
 class DataSettings(Stage):
     """Which rows, and how they are parted."""
 
@@ -201,8 +212,10 @@ class GRPOConfig(Stage):
     """Divides the logits, in sampling and in every log-probability alike."""
     save_steps: Annotated[int, Field(ge=0)] = 50
     """Steps between checkpoints; 0 saves at the end only."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Weights of the frozen base: auto takes bf16 where the hardware has it, else fp32. Plain fp16 overflows on Gemma 3."""
+    precision: Literal["auto", "fp32", "bf16", "fp16_rescaled"] = "auto"
+    """Weights of the frozen base: auto takes bf16 where a GPU has units for it, else fp16 rescaled by a power of two; fp32 on a CPU."""
+    quantization: Literal["none", "nf4"] = "none"
+    """nf4 keeps the base's linear layers in 4 bits (QLoRA, arXiv:2305.14314); the embedding stays as precision says."""
     gradient_checkpointing: bool = True
     """Recompute each layer in the backward pass: memory for about a third more time."""
     lora: LoraSettings = LoraSettings()
@@ -213,6 +226,7 @@ class GRPOConfig(Stage):
     entropy: EntropySettings = EntropySettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     reward_model: RewardModelSettings = RewardModelSettings()
+    memory: MemorySettings = MemorySettings()
     data: DataSettings = DataSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 

@@ -24,12 +24,15 @@ from gemma_grpo.grpo.setup import TRAINED, Rows, build_reward_stack, build_train
 from gemma_grpo.grpo.step import Stepper
 from gemma_grpo.grpo.update import PolicyUpdater
 from gemma_grpo.model.gemma import Gemma
+from gemma_grpo.model.memory import TokenBudget
 from gemma_grpo.monitor.events import RunDirectory, next_run_path
 from gemma_grpo.monitor.terminal import ProgressView
 from gemma_grpo.rollout.local import LocalEngine
 from gemma_grpo.types import Prompt, StepRecord
 
 GIVEN_ROWS = "rows given in Python"
+PROBE_PROMPTS = 8
+"""What a float16 base must hold with headroom before anything is trained."""
 
 
 class GRPOTrainer:
@@ -218,6 +221,7 @@ class GRPOTrainer:
             "data": dict(self.data.counts),
             "versions": {name: version(name) for name in ("gemma-grpo", "torch", "transformers", "peft")},
             "completions_per_update": config.completions_per_step,
+            "precision": self.precision,
         }
         self._run = RunDirectory.create(path, dump_recipe(config), info, needed_bytes=self._bytes_to_write())
 
@@ -235,11 +239,20 @@ class GRPOTrainer:
         rows = getattr(self, "_rows", None) or load_rows(self._dataset, config.data.source)
         self._check_reward_can_be_had(rows)
         self.view.phase("loading", config.model_name)
-        self.model = Gemma.load(config.model_name, lora=config.lora, precision=config.precision, seed=config.seed)
+        self.model = Gemma.load(
+            config.model_name, lora=config.lora, precision=config.precision, quantization=config.quantization, seed=config.seed
+        )
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
-        self.engine = LocalEngine(self.model)
+        full_group = config.max_prompt_length + config.num_generations * config.max_completion_length
+        self.model.budget = TokenBudget(config.memory.token_budget or config.batch_size * full_group)
+        self.engine = LocalEngine(self.model, config.memory.kv_token_budget)
         self.data = build_training_data(rows, self.model, config)
+        # a run that goes on keeps the divisor it began with, whatever its first prompts would say now
+        recorded = {} if self._run is None else self._run.read_run().get("precision", {})
+        probes = [prompt.token_ids for prompt in self.data.prompts[:PROBE_PROMPTS]]
+        probed = self.model.fit_precision(probes, divisor=recorded.get("divisor"))
+        self.precision = {"dtype": str(self.model.dtype).removeprefix("torch."), "quantization": config.quantization, **probed}
         self.steps_per_epoch = math.ceil(len(self.data.prompts) / config.prompts_per_step)
         self.total_steps = math.ceil(config.epochs * self.steps_per_epoch)
         if config.max_steps is not None:

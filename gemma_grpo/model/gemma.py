@@ -1,37 +1,38 @@
 """One frozen Gemma 3 in memory, every role on it: policy and reward are LoRA adapters, the reference is the base with both off.
 
-Owns loading and roles. Not precision (precision.py), attention (attention.py) or what is computed from hidden states (logprobs.py).
+Owns roles and adapters. Not files (loading.py), number formats (precision.py), attention (attention.py) or what is computed from hidden
+states (logprobs.py).
 """
 
 from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from peft import LoraConfig, PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.lora import LoraModel
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import AutoTokenizer, Gemma3ForCausalLM, PreTrainedTokenizerBase
 
+from gemma_grpo.access import checkpoint_folder
 from gemma_grpo.config.schema import LoraSettings
+from gemma_grpo.data.batch import pad_groups
 from gemma_grpo.data.chat import BOS_ID, END_OF_TURN_ID, START_OF_TURN_ID
-from gemma_grpo.model.attention import ATTENTION_NAME, Layout
+from gemma_grpo.model.attention import ATTENTION_NAME, GroupLayout, Layout
+from gemma_grpo.model.loading import check_tokenizer_files, load_decoder, read_text_config
 from gemma_grpo.model.memory import TokenBudget
-from gemma_grpo.model.precision import base_dtype, default_device, float32_logits
+from gemma_grpo.model.precision import base_dtype, choose_divisor, default_device, float32_logits, rescale_residual
+from gemma_grpo.model.quantization import Quantizer
 
 AdapterRole = Literal["policy", "reward"]
 ModelRole = Literal["policy", "reward", "reference"]
 
-MINIATURE_DIR = Path(__file__).parent.parent / "miniature" / "model"
-# Multimodal checkpoints keep the decoder under one of these prefixes; everything else in them is the vision tower.
-_TEXT_DECODER_KEYS = {r"^(model\.)?language_model\.(model\.)?": "model."}
 
 
 class Gemma:
@@ -58,24 +59,57 @@ class Gemma:
         self._switch("reference", train=False)
 
     @classmethod
-    def load(cls, name: str, *, lora: LoraSettings, precision: str = "auto", device: torch.device | None = None, seed: int = 0) -> Gemma:
+    def load(
+        cls,
+        name: str,
+        *,
+        lora: LoraSettings,
+        precision: str = "auto",
+        quantization: str = "none",
+        device: torch.device | None = None,
+        seed: int = 0,
+    ) -> Gemma:
         """A checkpoint by hub id or folder, "miniature" for the shipped one; text decoder only, safetensors only, no remote code.
 
-        Raises ValueError naming what is wrong: not a Gemma 3, custom code in the config, pickled weights, tensors missing, turn
-        tokens elsewhere.
+        Raises AccessError when it cannot be had, ValueError naming what is wrong with it: not a Gemma 3, custom code in the config,
+        pickled weights, tensors missing or not finite, turn tokens elsewhere. In float16 `fit_precision` comes before the first pass.
         """
         device = device or default_device()
-        path = resolve_model_path(name)
-        config = _text_config(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        dtype = base_dtype(precision, device)
+        quantizer = Quantizer(dtype) if quantization == "nf4" else None
+        folder = checkpoint_folder(name)
+        config = read_text_config(folder)
+        check_tokenizer_files(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         _check_tokenizer(tokenizer, name)
-        base = _load_decoder(path, config, precision, device)
+        base = load_decoder(folder, config, dtype=dtype, device=device, quantizer=quantizer)
+        # peft asks for it before it wraps a 4-bit layer as one
+        base.is_loaded_in_4bit = quantizer is not None  # type: ignore[assignment]
         return cls(base, tokenizer, name=name, lora=lora, seed=seed)
+
+    def fit_precision(self, prompts: Sequence[Sequence[int]], *, divisor: float | None = None) -> dict[str, float]:
+        """Rescale a float16 base so that it holds these prompts (token ids) with headroom; what the probe found, {} at other dtypes.
+
+        With `divisor` (a resumed run's) nothing is probed. Raises FloatingPointError when float16 cannot hold this model.
+        """
+        if self.dtype != torch.float16:
+            return {}
+        if divisor is not None:
+            rescale_residual(self.causal_lm, int(divisor))
+            return {"divisor": float(divisor)}
+        batch = pad_groups(prompts, [[()] for _ in prompts]).to(self.device)
+        with self.role("reference"):
+            return choose_divisor(self.causal_lm, lambda: self.hidden_states(GroupLayout(batch)))
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.causal_lm.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base's embedding and activations."""
+        return self.head_weight.dtype
 
     @property
     def head_weight(self) -> Float[Tensor, "V D"]:
@@ -163,11 +197,6 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def resolve_model_path(name: str) -> str:
-    """The folder of the shipped model for "miniature", else the name itself."""
-    return str(MINIATURE_DIR) if name == "miniature" else name
-
-
 def _lora_config(lora: LoraSettings) -> LoraConfig:
     return LoraConfig(
         r=lora.r,
@@ -176,46 +205,6 @@ def _lora_config(lora: LoraSettings) -> LoraConfig:
         target_modules=list(lora.target_modules),
         task_type="CAUSAL_LM",
     )
-
-
-def _text_config(path: str) -> Gemma3TextConfig:
-    # the file itself first: AutoConfig would offer to run the code that an unknown config names
-    raw, _ = Gemma3TextConfig.get_config_dict(path)
-    if raw.get("auto_map"):
-        raise ValueError(f"{path}: its config asks for code of its own (auto_map), which is never run. Use a plain Gemma 3 checkpoint.")
-    kind = raw.get("model_type")
-    if kind not in ("gemma3", "gemma3_text"):
-        raise ValueError(f"{path} is a {kind} checkpoint, not a Gemma 3. Try google/gemma-3-4b-it or google/gemma-3-1b-it.")
-    text: Gemma3TextConfig = AutoConfig.from_pretrained(path).get_text_config()
-    if text.final_logit_softcapping is not None or text.attn_logit_softcapping is not None:
-        raise ValueError(f"{path} soft-caps its logits, which no released Gemma 3 does. Use an original Gemma 3 checkpoint.")
-    return text
-
-
-def _load_decoder(path: str, config: Gemma3TextConfig, precision: str, device: torch.device) -> Gemma3ForCausalLM:
-    """The text decoder of a checkpoint, every tensor accounted for."""
-    if Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
-        raise ValueError(f"{path} holds no .safetensors file, and pickled weights (.bin, .pt) are never read. Save it as safetensors.")
-    transformers_logging.disable_progress_bar()  # it would tear the live view
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it would list every tensor of the vision tower as unexpected
-    try:
-        loaded: Any = Gemma3ForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=base_dtype(precision, device),
-            key_mapping=_TEXT_DECODER_KEYS,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # named below, like the missing ones, instead of sending the reader to a table
-        )
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    wrong = sorted({*loaded[1]["missing_keys"], *(key for key, *_ in loaded[1]["mismatched_keys"])})
-    if wrong:
-        raise ValueError(f"{path}: {len(wrong)} tensors are missing or misshapen, first {wrong[0]}. Download the checkpoint again.")
-    base: Gemma3ForCausalLM = loaded[0].to(device)
-    return base
 
 
 def _check_same_tensors(path: Path, weights: Mapping[str, Tensor], own: Mapping[str, Tensor], role: AdapterRole) -> None:

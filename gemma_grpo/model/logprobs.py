@@ -14,7 +14,7 @@ from torch import Tensor
 from gemma_grpo.data.batch import GroupBatch
 from gemma_grpo.model.attention import GroupLayout
 from gemma_grpo.model.gemma import Gemma
-from gemma_grpo.model.precision import float32_logits
+from gemma_grpo.model.precision import float32_logits, head_gradient
 
 CHUNK_TOKENS = 256
 
@@ -85,5 +85,5 @@ class _SelectedLogprobs(torch.autograd.Function):
             p = logp.exp()
             logits_grad = -p * (logprob_grad[piece, None] + entropy_grad[piece, None] * (logp + entropy[piece, None]))
             logits_grad.scatter_add_(-1, targets[piece, None], logprob_grad[piece, None])
-            hidden_grad[piece] = ((logits_grad / ctx.temperature).to(head_weight.dtype) @ head_weight).to(hidden.dtype)
+            hidden_grad[piece] = head_gradient(logits_grad / ctx.temperature, head_weight).to(hidden.dtype)
         return hidden_grad, None, None, None

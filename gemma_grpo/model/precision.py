@@ -1,10 +1,33 @@
-"""Which number format the frozen base is held in, on this hardware. LoRA weights, log-probs and losses are float32 always."""
+"""Which number format the frozen base is held in, on this hardware. LoRA weights, log-probs and losses are float32 always.
+
+Gemma 3's residual stream grows to some 800,000, beyond float16's 65,504, because its post-norms learned large gains. Every reader of
+that stream is an RMSNorm, which does not see its scale: dividing everything written to it by a power of two (embedding scale, post-norm
+gains) and eps by its square changes no output, to the bit in float32, and brings float16 into range. Idea: huggingface/transformers
+PR 37226, made exact. LoRA sits between the norms, so its adapters fit the original and the rescaled base alike.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import Gemma3ForCausalLM
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+
+FP16_MAX = 65504.0
+HEADROOM = 4.0
+"""The probe's largest number stays this many times below FP16_MAX: other prompts, and adapters, reach further."""
+FIRST_DIVISOR, LAST_DIVISOR = 64, 16384
+"""64 brings 800,000 to 12,500; any of 16 to 1024 rounds alike (measured), so the first one is kept unless it is too small."""
+MAX_GATED = 2.0**14
+"""Largest product of gate and up projection trusted in float16: down_proj sums 2,048 to 21,504 of them."""
+RELEASED_WIDTHS = (640, 1152, 2560, 3840, 5376)
+_LARGEST_FINITE_SHIFT = 14
 
 
 def default_device() -> torch.device:
@@ -18,22 +41,170 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def base_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Dtype of the base's weights for `precision` auto, fp32 or bf16.
+    """Dtype of the base's weights and activations; float16 always means rescaled.
 
-    Raises ValueError where bf16 is asked of a card that would emulate it.
+    Raises ValueError where bf16 is asked of a card that would emulate it, and for plain fp16.
     """
-    if precision == "fp32":
-        return torch.float32
-    if precision == "bf16":
-        if device.type == "cuda" and not has_native_bf16(device):
-            name = torch.cuda.get_device_name(device)
-            raise ValueError(f"precision is bf16, but {name} has no bfloat16 units and would emulate them. Use precision=auto or fp32.")
-        return torch.bfloat16
-    return torch.bfloat16 if has_native_bf16(device) else torch.float32
+    if precision == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if has_native_bf16(device) else torch.float16
+    if precision == "bf16" and device.type == "cuda" and not has_native_bf16(device):
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(f"precision is bf16, but {name} has no bfloat16 units and would emulate them. Use precision=auto (fp16_rescaled).")
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16_rescaled": torch.float16}
+    if precision not in named:
+        raise ValueError(
+            f"precision is {precision}; Gemma 3's residual stream exceeds what fp16 can hold ({FP16_MAX:.0f}). "
+            "Use auto, fp16_rescaled, bf16 or fp32."
+        )
+    return named[precision]
+
+
+def trained_embed_scale(hidden_size: int, stored: torch.dtype) -> float:
+    """sqrt(hidden_size) as training rounded it: to bfloat16 for Google's checkpoints (50.5, not 50.596, for 4b) at whatever dtype they
+    are loaded, exact for others kept in float32."""
+    exact = math.sqrt(hidden_size)
+    rounded = stored != torch.float32 or hidden_size in RELEASED_WIDTHS
+    return float(torch.tensor(exact, dtype=torch.bfloat16)) if rounded else exact
+
+
+# ---- the exact rescale
+
+
+class DividedRMSNorm(Gemma3RMSNorm):
+    """A post-norm whose output is divided by a power of two: in float32, where that only moves the exponent."""
+
+    divisor: float = 1.0
+
+    def forward(self, x: Float[Tensor, "*t D"]) -> Float[Tensor, "*t D"]:
+        """RMSNorm of x with gain (1 + weight) / divisor, in x's dtype."""
+        normed: Tensor = self._norm(x.float()) * (1.0 + self.weight.float())  # type: ignore[no-untyped-call]
+        return (normed / self.divisor).type_as(x)
+
+
+def rescale_residual(model: Gemma3ForCausalLM, divisor: int) -> None:
+    """Make the residual stream `divisor` times smaller and everything read from it the same. Absolute, so it can be called again.
+
+    Raises ValueError unless the divisor is a power of two: any other would round.
+    """
+    if divisor < 1 or divisor & (divisor - 1):
+        raise ValueError(f"the divisor is {divisor}; only a power of two is exact. Use 64.")
+    decoder, eps = model.model, model.config.rms_norm_eps / divisor**2
+    embedding = decoder.embed_tokens
+    embedding.embed_scale.fill_(embedding.scalar_embed_scale / divisor)
+    for layer in decoder.layers:
+        for name in ("post_attention_layernorm", "post_feedforward_layernorm"):
+            norm = getattr(layer, name)
+            if not isinstance(norm, DividedRMSNorm):
+                divided = DividedRMSNorm(len(norm.weight), norm.eps)
+                divided.weight = norm.weight
+                setattr(layer, name, divided)
+            getattr(layer, name).divisor = float(divisor)
+        layer.input_layernorm.eps = layer.pre_feedforward_layernorm.eps = eps
+    decoder.norm.eps = eps
+
+
+@dataclass
+class Peaks:
+    """Largest magnitudes seen in one or more passes, by what they are; infinite where float16 overflowed."""
+
+    seen: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def note(self, kind: str, values: Tensor) -> None:
+        """Remember max |values|, without waiting for the device."""
+        self.seen.setdefault(kind, []).append(values.detach().abs().amax().float())
+
+    def largest(self, kind: str) -> float:
+        """The largest so far; a NaN counts as infinite."""
+        return float(torch.stack(self.seen[kind]).amax().nan_to_num(nan=math.inf, posinf=math.inf))
+
+
+@contextmanager
+def watching_peaks(model: Gemma3ForCausalLM) -> Iterator[Peaks]:
+    """Record the residual stream, gate*up, and what the attention projections give, in every forward pass inside."""
+    peaks, hooks = Peaks(), []
+
+    def output(module: nn.Module, kind: str) -> None:
+        hooks.append(module.register_forward_hook(lambda _m, _i, out: peaks.note(kind, out)))
+
+    output(model.model.embed_tokens, "residual")
+    for layer in model.model.layers:
+        output(layer, "residual")
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            output(getattr(layer.self_attn, name), "attention")
+        hooks.append(layer.mlp.down_proj.register_forward_pre_hook(lambda _m, inputs: peaks.note("gated", inputs[0])))
+    try:
+        yield peaks
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def choose_divisor(model: Gemma3ForCausalLM, forward: Callable[[], object]) -> dict[str, float]:
+    """Rescale the model by the smallest trusted power of two that leaves HEADROOM over the passes `forward` makes; what was found.
+
+    Keys: divisor, and the largest magnitudes of residual (in the original's units), attention and gated. Raises FloatingPointError when
+    float16 cannot hold this model at any divisor.
+    """
+    divisor = FIRST_DIVISOR
+    while True:
+        rescale_residual(model, divisor)
+        with watching_peaks(model) as peaks, torch.no_grad():
+            forward()
+        residual, attention, gated = (peaks.largest(kind) for kind in ("residual", "attention", "gated"))
+        if residual <= FP16_MAX / HEADROOM:
+            break
+        # infinite: the size is unknown, so a long step; else the smallest power of two that does
+        divisor *= 16 if math.isinf(residual) else 2 ** math.ceil(math.log2(residual * HEADROOM / FP16_MAX))
+        if divisor > LAST_DIVISOR:
+            raise FloatingPointError(_too_large("residual stream", residual, "even divided by 16384"))
+    if attention > FP16_MAX / HEADROOM:
+        raise FloatingPointError(_too_large("largest attention projection", attention, f"the limit is {FP16_MAX / HEADROOM:.0f}"))
+    if gated > MAX_GATED:
+        raise FloatingPointError(_too_large("gate*up", gated, f"the limit is {MAX_GATED:.0f}"))
+    return {"divisor": float(divisor), "residual": residual * divisor, "attention": attention, "gated": gated}
+
+
+def _too_large(what: str, value: float, limit: str) -> str:
+    return (
+        f"fp16_rescaled: on the first prompts the {what} reaches {value:.3g} ({limit}), too near to float16's {FP16_MAX:.0f}. "
+        "Use precision=fp32, or a GPU with bfloat16 units (compute capability 8.0 or newer)."
+    )
+
+
+# ---- what 16 bits must not round
 
 
 def float32_logits(hidden: Float[Tensor, "T D"], head_weight: Float[Tensor, "V D"]) -> Float[Tensor, "T V"]:
     """hidden @ head.T, accumulated and returned in float32: 16-bit logits near 70 are off by up to 0.2 nats in bfloat16."""
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        return torch.mm(hidden, head_weight.T, out_dtype=torch.float32)
-    return hidden.float() @ head_weight.float().T
+    return _float32_product(hidden, head_weight.T)
+
+
+def head_gradient(logits_grad: Float[Tensor, "T V"], head_weight: Float[Tensor, "V D"]) -> Float[Tensor, "T D"]:
+    """logits_grad @ head, float32, by a product in the head's dtype.
+
+    A token's share of a gradient over 262,144 words lies below float16's smallest number: it is moved up by a power of two first.
+    """
+    if head_weight.dtype == torch.float32:
+        return logits_grad @ head_weight
+    # frexp keeps the exponent on the device: no wait for it
+    shift = _LARGEST_FINITE_SHIFT - torch.frexp(logits_grad.abs().amax()).exponent
+    moved = torch.ldexp(logits_grad, shift).to(head_weight.dtype)
+    return torch.ldexp(_float32_product(moved, head_weight), -shift)
+
+
+def _float32_product(left: Tensor, right: Tensor) -> Tensor:
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+def loss_scale(dtype: torch.dtype, largest_weight: float) -> float:
+    """Power of two that lifts a loss whose largest per-token weight is given to about 1, for backward passes in float16; 1 for others.
+
+    Mean losses divide by thousands of tokens: their gradients would drown below float16's 6e-8. Divide the gradients by it afterwards.
+    """
+    if dtype != torch.float16 or largest_weight <= 0:
+        return 1.0
+    return 2.0 ** -math.floor(math.log2(largest_weight))

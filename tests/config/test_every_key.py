@@ -112,6 +112,7 @@ CHANGES: dict[str, Change] = {
     "temperature": Change(0.5, completion("text")),
     "save_steps": Change(1, lambda run: sorted(path.name for path in (run.path / "checkpoints").iterdir())),
     "precision": Change("bf16", lambda run: run.trainer.model.causal_lm.dtype, {"precision": "fp32"}),
+    "quantization": Change("nf4", metric("entropy")),
     "gradient_checkpointing": Change(True, None, {"gradient_checkpointing": False}),
     "lora.r": Change(4, shapes),
     "lora.alpha": Change(64, weights),
@@ -155,6 +156,8 @@ CHANGES: dict[str, Change] = {
     "reward_model.centering": Change(1.0, reward_weights, GENERATIVE),
     "reward_model.label_smoothing": Change(0.3, reward_weights, GENERATIVE),
     "reward_model.shaping": Change("none", completion("reward"), GENERATIVE),
+    "memory.token_budget": Change(40, None),
+    "memory.kv_token_budget": Change(40, None),
     "data.source": Change("elsewhere", sources),
     "data.max_prompts": Change(3, data_count("prompts_train")),
     "data.holdout": Change(0.6, data_count("prompts_held_out")),
@@ -233,6 +236,43 @@ def test_a_setting_changes_what_it_is_for(key, baseline, train_tiny, filled_in) 
     change = CHANGES[key]
     changed = train_tiny(**{**change.context, key: filled_in(change.value)})
     assert change.observe(changed) != change.observe(baseline(change.context))
+
+
+def model_passes(train: Callable[[], Any], *, learning: bool) -> tuple[Any, int]:
+    """A run, and how many times the whole model was computed in it, with gradients or without."""
+    passes = 0
+
+    def count(module: torch.nn.Module, inputs: Any) -> None:
+        nonlocal passes
+        passes += type(module).__name__ == "Gemma3TextModel" and torch.is_grad_enabled() is learning
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
+    try:
+        return train(), passes
+    finally:
+        hook.remove()
+
+
+def test_the_token_budget_cuts_passes_and_changes_no_completion(train_tiny) -> None:
+    settings = {"max_steps": 1, "planning_steps": 1, "kl.step_limit": None}
+    whole, passes = model_passes(lambda: train_tiny(**settings), learning=True)
+    assert passes == 1  # two prompts of three completions, all at once
+    cut, passes = model_passes(lambda: train_tiny(**settings, **{"memory.token_budget": 40}), learning=True)
+    assert passes == 6  # every prompt alone is longer
+    assert cut.text("samples.jsonl") == whole.text("samples.jsonl")
+    assert cut.metrics("grad_norm") == pytest.approx(whole.metrics("grad_norm"), rel=1e-4)
+    assert cut.metrics("token_budget") == [40.0]
+
+
+def test_the_budget_of_keys_and_values_parts_the_rollout_and_changes_no_completion(train_tiny) -> None:
+    settings = {"max_steps": 1, "kl.placement": "off", "kl.step_limit": None}
+    whole, passes = model_passes(lambda: train_tiny(**settings), learning=False)
+    cut, more = model_passes(lambda: train_tiny(**settings, **{"memory.kv_token_budget": 40}), learning=False)
+    assert cut.text("samples.jsonl") == whole.text("samples.jsonl")
+    assert passes <= 6  # one prefill, and a token of every completion at a time
+    lengths = [len(ids) for group in whole.completions("text") for ids in group]
+    assert len(lengths) == 6
+    assert more >= passes + 5  # six prefills at least
 
 
 def test_gradient_checkpointing_computes_each_layer_once_more(train_tiny) -> None:

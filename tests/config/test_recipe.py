@@ -66,7 +66,7 @@ def test_a_choice_names_the_choices(tmp_path: Path) -> None:
 def test_fp16_is_refused_with_the_reason(tmp_path: Path, value: str) -> None:
     (line,) = complaints(write(tmp_path, f"precision: {value}\n"))
     assert "residual stream exceeds what fp16 can hold" in line
-    assert line.endswith("Use auto, bf16 or fp32.")
+    assert line.endswith("Use auto, or fp16_rescaled, which is exact.")
 
 
 @pytest.mark.parametrize("layer", ["lm_head", "embed_tokens"])

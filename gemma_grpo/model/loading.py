@@ -1,0 +1,219 @@
+"""The text decoder of a checkpoint folder, a piece of a tensor at a time: from the file to its own dtype and device, and nothing else.
+
+The vision tower of a multimodal checkpoint is never read; what does not fit the decoder is refused by name before any weight is.
+Owns files and tensor names. Not where a folder comes from (access.py), nor which dtype (precision.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
+
+from gemma_grpo.model.precision import FP16_MAX, trained_embed_scale
+from gemma_grpo.model.quantization import Quantizer
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PIECE_BYTES = 16 * 2**20
+"""Read at a time: host memory never holds more than this beside the decoder."""
+
+# Multimodal checkpoints keep the decoder under one of the first three (by the age of their transformers), text-only ones under the last.
+_DECODER = re.compile(r"^(?:language_model\.model\.|model\.language_model\.|language_model\.|model\.)(?=embed_tokens\.|layers\.|norm\.)")
+_HEAD = re.compile(r"^(?:language_model\.)?lm_head\.weight$")
+_VISION = re.compile(r"^(?:model\.)?(?:vision_tower|multi_modal_projector)\.")
+_STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a decoder tensor lies on disk."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def read_text_config(folder: Path) -> Gemma3TextConfig:
+    """The decoder's configuration. Raises ValueError for anything but a plain causal Gemma 3."""
+    # the file itself first: AutoConfig would offer to run the code that an unknown config names
+    raw = _read_json(folder / "config.json")
+    _refuse_own_code(folder / "config.json", raw)
+    kind = raw.get("model_type")
+    if kind not in ("gemma3", "gemma3_text"):
+        raise ValueError(f"{folder} is a {kind} checkpoint, not a Gemma 3. Try google/gemma-3-4b-it or google/gemma-3-1b-it.")
+    text = raw.get("text_config", raw)
+    if text.get("use_bidirectional_attention"):
+        raise ValueError(f"{folder} is an embedding model (bidirectional attention): it cannot write. Try google/gemma-3-270m-it.")
+    if raw.get("quantization_config"):
+        raise ValueError(f"{folder} is quantised already. Give the original checkpoint; quantization=nf4 quantises it while loading.")
+    config: Gemma3TextConfig = AutoConfig.from_pretrained(folder).get_text_config()
+    if config.final_logit_softcapping is not None or config.attn_logit_softcapping is not None:
+        raise ValueError(f"{folder} soft-caps its logits, which no released Gemma 3 does. Use an original Gemma 3 checkpoint.")
+    return config
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Raises ValueError when the tokenizer's settings name code of their own, or there is no tokenizer."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file() and not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"{folder} has no tokenizer (tokenizer.json). Copy the tokenizer files of the checkpoint it was made from.")
+    if path.is_file():
+        _refuse_own_code(path, _read_json(path))
+
+
+def load_decoder(
+    folder: Path, config: Gemma3TextConfig, *, dtype: torch.dtype, device: torch.device, quantizer: Quantizer | None = None
+) -> Gemma3ForCausalLM:
+    """The frozen decoder, every tensor accounted for: embedding and linear layers in `dtype` (or the quantizer's), norms in float32
+    when that is float16, tied head as tied.
+
+    Raises ValueError naming the file or tensor that is missing, misshapen, unreadable, not finite, or beyond what float16 holds.
+    """
+    with torch.device("meta"):
+        model: Gemma3ForCausalLM = Gemma3ForCausalLM(config)
+    model.tie_weights()
+    found = _decoder_tensors(folder, {name: tuple(weight.shape) for name, weight in model.named_parameters()})
+    for name in sorted(found, key=lambda name: (found[name].file, name)):  # a shard after the other
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        # float16 would lose 2 % of a large post-norm gain; a few thousand numbers a layer cost nothing
+        wanted = torch.float32 if dtype == torch.float16 and "norm" in owner.rpartition(".")[2] else dtype
+        if quantizer is not None and isinstance(module, nn.Linear) and module is not model.lm_head:
+            weight = _read(found[name], dtype, torch.device("cpu"))
+            parent, _, child = owner.rpartition(".")
+            setattr(model.get_submodule(parent), child, quantizer.linear(weight, device))
+        else:
+            setattr(module, leaf, nn.Parameter(_read(found[name], wanted, device), requires_grad=False))
+    model.tie_weights()
+    _fill_buffers(model, device, stored=found["model.embed_tokens.weight"].dtype)
+    model.eval()
+    return model
+
+
+def _decoder_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, StoredTensor]:
+    """Decoder parameter -> where it lies. Reads headers only."""
+    found: dict[str, StoredTensor] = {}
+    strangers: list[str] = []
+    for tensor in _headers(folder):
+        name = "lm_head.weight" if _HEAD.match(tensor.key) else _DECODER.sub("model.", tensor.key)
+        if name in expected:
+            if name in found:
+                raise ValueError(f"{folder} holds {name} twice, as {found[name].key} and {tensor.key}. Keep one layout.")
+            found[name] = tensor
+        elif name != "lm_head.weight" and not _VISION.match(tensor.key):  # a tied head may be stored: it is the embedding
+            strangers.append(tensor.key)
+    wrong = [
+        f"{name} is {'absent' if name not in found else list(found[name].shape)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name not in found or found[name].shape != shape
+    ]
+    if wrong:
+        raise ValueError(f"{folder}: {len(wrong)} tensors are missing or misshapen: {_first(wrong)}. Download the checkpoint again.")
+    if strangers:
+        raise ValueError(
+            f"{folder}: {len(strangers)} tensors belong to no Gemma 3 decoder: {_first(strangers)}. "
+            "Give an original or merged checkpoint (not an adapter, not quantised)."
+        )
+    return found
+
+
+def _headers(folder: Path) -> Iterator[StoredTensor]:
+    """Every tensor of the checkpoint, without its numbers."""
+    for file in _weight_files(folder):
+        with _opened(file) as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - a safetensors handle, not a mapping
+                part = tensors.get_slice(key)
+                if part.get_dtype() not in _STORED:
+                    raise ValueError(f"{file}: {key} is stored as {part.get_dtype()}; F32, F16 and BF16 are read. Save it as bfloat16.")
+                yield StoredTensor(file, key, tuple(part.get_shape()), _STORED[part.get_dtype()])
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"{folder} holds no {WEIGHTS}, and pickled weights (.bin, .pt) are never read. Save it as safetensors.")
+    names = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside or not names:
+        raise ValueError(f"{folder / INDEX} names {outside[0] if outside else 'no file'}, not files of its folder. Download it again.")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} of its {len(names)} weight files: {_first(missing)}. Download it again.")
+    return [folder / name for name in names]
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(str(file), framework="pt")
+    except (SafetensorError, OSError) as error:
+        with file.open("rb") as start:
+            pointer = start.read(40).startswith(b"version https://git-lfs")
+        what = "is a Git LFS pointer, not the weights. Run `git lfs pull`." if pointer else f"cannot be read ({error}). Download it again."
+        raise ValueError(f"{file} {what}") from error
+
+
+def _read(stored: StoredTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One tensor in its final form, filled piece by piece; each piece was checked finite."""
+    weight = torch.empty(stored.shape, dtype=dtype, device=device)
+    rows = max(1, PIECE_BYTES // (math.prod(stored.shape[1:]) * stored.dtype.itemsize))
+    for start in range(0, stored.shape[0], rows):
+        # opened anew for each piece: the pages of a closed map no longer count as this process's memory
+        with _opened(stored.file) as tensors:
+            piece = tensors.get_slice(stored.key)[start : start + rows]
+            converted = piece.to(dtype)
+            if not torch.isfinite(converted).all():
+                raise ValueError(_not_finite(stored, piece, dtype))
+            weight[start : start + rows] = converted
+            del piece, converted
+    return weight
+
+
+def _not_finite(stored: StoredTensor, piece: Tensor, dtype: torch.dtype) -> str:
+    if torch.isfinite(piece).all():
+        return f"{stored.file}: {stored.key} reaches {piece.abs().max():.3g}, beyond {dtype} ({FP16_MAX:.0f}). Use precision=fp32 or bf16."
+    bad = int((~torch.isfinite(piece)).sum())
+    return f"{stored.file}: {stored.key} has {bad} numbers that are NaN or infinite. Download the checkpoint again."
+
+
+def _fill_buffers(model: Gemma3ForCausalLM, device: torch.device, *, stored: torch.dtype) -> None:
+    """What no checkpoint holds: rotary frequencies, and the embedding's scale as trained."""
+    embedding = model.model.embed_tokens
+    scale = trained_embed_scale(embedding.embedding_dim, stored)
+    embedding.scalar_embed_scale = scale
+    embedding.embed_scale = torch.tensor(scale, device=device)
+    model.model.rotary_emb = Gemma3RotaryEmbedding(model.config, device=device)
+    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    assert not left, f"never filled: {left}"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} has no {path.name}: it is no checkpoint folder. Give a hub id or a checkpoint.") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}). Download the checkpoint again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object. Download the checkpoint again.")
+    return content
+
+
+def _refuse_own_code(path: Path, content: Mapping[str, Any]) -> None:
+    if content.get("auto_map"):
+        raise ValueError(f"{path} asks for code of its own (auto_map), which is never run. Use a plain Gemma 3 checkpoint.")
+
+
+def _first(names: list[str], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
