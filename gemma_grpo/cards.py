@@ -34,6 +34,8 @@ class Card:
     native_bf16: bool
     nominal: bool = False
     """Taken from a table rather than asked of the hardware: drivers differ by some 2 %."""
+    capability: tuple[int, int] | None = None
+    """Compute capability of a GPU."""
 
 
 _KNOWN = {  # GiB that torch.cuda.get_device_properties reports as total_memory, and compute capability
@@ -104,7 +106,7 @@ def this_machine(root: Path = Path("/")) -> Card:
 
 
 def _nominal(name: str, gib: float, capability: tuple[int, int]) -> Card:
-    return Card(name, "cuda", round(gib * GIB), capability >= BF16_CAPABILITY, nominal=True)
+    return Card(name, "cuda", round(gib * GIB), capability >= BF16_CAPABILITY, nominal=True, capability=capability)
 
 
 def _torch_is_cpu_only() -> bool:
@@ -128,8 +130,10 @@ def _by_nvml(first: str) -> Card | None:
         handle = nvml.nvmlDeviceGetHandleByIndex(int(first)) if first.isdigit() else nvml.nvmlDeviceGetHandleByUUID(first)
         memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
         name = nvml.nvmlDeviceGetName(handle)
-        capability = tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle))
-        return Card(str(name), "cuda", int(memory.total - memory.reserved), capability >= BF16_CAPABILITY)
+        major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+        return Card(
+            str(name), "cuda", int(memory.total - memory.reserved), (major, minor) >= BF16_CAPABILITY, capability=(int(major), int(minor))
+        )
     except (nvml.NVMLError, ValueError, AttributeError):
         return None
     finally:
@@ -157,7 +161,7 @@ def _parsed(answer: str) -> Card | None:
     except (IndexError, ValueError):
         return None  # such as "[N/A]": a card that does not tell cannot be planned for
     reserved = int(row[3]) if len(row) > 3 and row[3].isdigit() else 0
-    return Card(name, "cuda", (total - reserved) * MIB, capability >= BF16_CAPABILITY)
+    return Card(name, "cuda", (total - reserved) * MIB, capability >= BF16_CAPABILITY, capability=capability)
 
 
 def _total_memory(root: Path) -> Iterator[int]:

@@ -47,7 +47,7 @@ def machine(root: Path, total_kib: int, cgroup: str | None = None, **limits: str
 
 def test_the_t4_is_the_reference_card() -> None:
     t4 = named_card("T4")
-    assert t4 == Card("Tesla T4", "cuda", round(14.7 * GIB), native_bf16=False, nominal=True)
+    assert t4 == Card("Tesla T4", "cuda", round(14.7 * GIB), native_bf16=False, nominal=True, capability=(7, 5))
 
 
 def test_cards_with_bfloat16_units_are_those_from_ampere_on() -> None:
@@ -71,13 +71,13 @@ def test_an_unknown_card_is_refused_with_the_nearest() -> None:
 
 def test_a_gpu_is_found_by_the_drivers_program(nvidia_smi) -> None:
     asked = nvidia_smi("Tesla T4, 15360, 7.5, 448")
-    assert present_gpu() == Card("Tesla T4", "cuda", (15360 - 448) * 2**20, native_bf16=False)
+    assert present_gpu() == Card("Tesla T4", "cuda", (15360 - 448) * 2**20, native_bf16=False, capability=(7, 5))
     assert "--id=0 --query-gpu=name,memory.total,compute_cap,memory.reserved --format=csv,noheader,nounits" in asked.read_text()
 
 
 def test_a_driver_that_knows_no_reserved_memory_is_asked_again(nvidia_smi) -> None:
     asked = nvidia_smi("NVIDIA L4, 23034, 8.9", unknown="memory.reserved")
-    assert present_gpu() == Card("NVIDIA L4", "cuda", 23034 * 2**20, native_bf16=True)
+    assert present_gpu() == Card("NVIDIA L4", "cuda", 23034 * 2**20, native_bf16=True, capability=(8, 9))
     assert len(asked.read_text().splitlines()) == 2
 
 
@@ -116,7 +116,7 @@ def test_nvml_is_asked_first_where_it_is_installed(nvidia_smi, tmp_path, monkeyp
     install_nvml(tmp_path, monkeypatch, broken=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert present_gpu() == Card(name, "cuda", 40 * GIB - GIB // 2, native_bf16=True)
+    assert present_gpu() == Card(name, "cuda", 40 * GIB - GIB // 2, native_bf16=True, capability=(8, 0))
     assert not asked.exists()
 
 
@@ -148,7 +148,7 @@ def test_only_what_this_process_may_see_counts(nvidia_smi, monkeypatch: pytest.M
         assert present_gpu() is None
     assert not asked.exists()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8a2f,3")
-    assert present_gpu() == Card("NVIDIA H100 80GB HBM3", "cuda", (81559 - 551) * 2**20, native_bf16=True)
+    assert present_gpu() == Card("NVIDIA H100 80GB HBM3", "cuda", (81559 - 551) * 2**20, native_bf16=True, capability=(9, 0))
     assert "--id=GPU-8a2f" in asked.read_text()
 
 
