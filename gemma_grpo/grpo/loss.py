@@ -243,7 +243,7 @@ def dapo(mask: Bool[Tensor, "B C"], counts: StepCounts) -> Float[Tensor, "1 1"]:
 
 
 def bnpo(mask: Bool[Tensor, "B C"], counts: StepCounts) -> Float[Tensor, "1 1"]:
-    """1 / (tokens of this micro-batch x micro-batches), as TRL's "bnpo": depends on the split, by design."""
+    """1 / (tokens of this micro-batch x micro-batches), as TRL's "bnpo": depends on the micro-batches, by design."""
     return (1 / (mask.sum().clamp(min=1).float() * counts.micro_batches)).reshape(1, 1)
 
 

@@ -15,6 +15,7 @@ from gemma_grpo.data.batch import GroupBatch, pad_groups, pad_sequences
 from gemma_grpo.data.chat import STOP_IDS, reply_text
 from gemma_grpo.model.attention import DecodeLayout, GroupLayout
 from gemma_grpo.model.gemma import Gemma
+from gemma_grpo.model.memory import DoesNotFitError, is_out_of_memory
 from gemma_grpo.rollout.engine import SamplingParams
 from gemma_grpo.rollout.sampling import draw, row_keys, sampling_logprobs, uniforms
 from gemma_grpo.types import Completion, Prompt, RolloutGroup
@@ -37,9 +38,15 @@ class LocalEngine:
         if not prompts:
             return []
         completions: list[Completion] = []
+        room = _with_room_for_replies(prompts, params)
         with self.model.role(params.role):
-            for slot in _with_room_for_replies(prompts, params).slots(self.kv_tokens):
-                completions += self._decoded(prompts[slot.rows], slot.completions, params)
+            for slot in room.slots(self.kv_tokens):
+                try:
+                    completions += self._decoded(prompts[slot.rows], slot.completions, params)
+                except (RuntimeError, MemoryError) as error:
+                    if is_out_of_memory(error):
+                        raise DoesNotFitError(_too_many(room.piece(slot), self.model.device)) from error
+                    raise
         size = params.num_generations
         return [RolloutGroup(prompt, tuple(completions[n * size : (n + 1) * size]), params.step) for n, prompt in enumerate(prompts)]
 
@@ -91,6 +98,15 @@ class LocalEngine:
     def _completion(self, token_ids: list[int], logprobs: list[float]) -> Completion:
         finish = "stop" if token_ids[-1] in self.stop_ids.tolist() else "length"
         return Completion(reply_text(self.model.tokenizer, token_ids), tuple(token_ids), tuple(logprobs), finish)  # type: ignore[arg-type]
+
+
+def _too_many(room: GroupBatch, device: torch.device) -> str:
+    num_prompts, group, _ = room.completion_ids.shape
+    return (
+        f"out of memory on {device} while sampling: {num_prompts} prompts with {group} completions each hold up to "
+        f"{room.num_padded_tokens} tokens of keys and values. Set memory.kv_token_budget={room.num_padded_tokens // 2}, or lower "
+        "num_generations or max_completion_length."
+    )
 
 
 def _with_room_for_replies(prompts: Sequence[Prompt], params: SamplingParams) -> GroupBatch:

@@ -156,7 +156,7 @@ CHANGES: dict[str, Change] = {
     "reward_model.centering": Change(1.0, reward_weights, GENERATIVE),
     "reward_model.label_smoothing": Change(0.3, reward_weights, GENERATIVE),
     "reward_model.shaping": Change("none", completion("reward"), GENERATIVE),
-    "memory.token_budget": Change(40, None),
+    "memory.token_budget": Change(1, None),
     "memory.kv_token_budget": Change(40, None),
     "data.source": Change("elsewhere", sources),
     "data.max_prompts": Change(3, data_count("prompts_train")),
@@ -257,11 +257,11 @@ def test_the_token_budget_cuts_passes_and_changes_no_completion(train_tiny) -> N
     settings = {"max_steps": 1, "planning_steps": 1, "kl.step_limit": None}
     whole, passes = model_passes(lambda: train_tiny(**settings), learning=True)
     assert passes == 1  # two prompts of three completions, all at once
-    cut, passes = model_passes(lambda: train_tiny(**settings, **{"memory.token_budget": 40}), learning=True)
-    assert passes == 6  # every prompt alone is longer
+    cut, passes = model_passes(lambda: train_tiny(**settings, **{"memory.token_budget": 1}), learning=True)
+    assert passes == 6  # one at a time
     assert cut.text("samples.jsonl") == whole.text("samples.jsonl")
     assert cut.metrics("grad_norm") == pytest.approx(whole.metrics("grad_norm"), rel=1e-4)
-    assert cut.metrics("token_budget") == [40.0]
+    assert cut.metrics("token_budget") == [1.0]
 
 
 def test_the_budget_of_keys_and_values_parts_the_rollout_and_changes_no_completion(train_tiny) -> None:

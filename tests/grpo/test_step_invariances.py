@@ -1,6 +1,7 @@
-"""What must not change a whole step of the real model - order, padding, the split, a constant in the rewards - and what must.
+"""What must not change a whole step of the real model - order, padding, a constant in the rewards - and what must.
 
-The laws of test_invariances.py hold for tables; here they hold through prompts, grouped attention, adapters and micro-batches.
+The laws of test_invariances.py hold for tables; here they hold through prompts, grouped attention and adapters. How a step is cut
+into passes is test_step_memory.py's.
 """
 
 from __future__ import annotations
@@ -43,23 +44,6 @@ def test_order_of_groups_and_within_a_group_does_not_matter(world, difference, a
     gradient, permuted_sums = world.gradient(config, world.batch(config, rewards, groups))
     assert difference(gradient, expected) < ROUNDING
     assert permuted_sums == pytest.approx(sums, rel=1e-4, abs=1e-6)
-
-
-@pytest.mark.parametrize("aggregation", ["dr_grpo", "grpo", "dapo"])
-def test_any_split_into_micro_batches_gives_the_gradient_of_the_whole(world, difference, aggregation):
-    whole = world.config(batch_size=4, **{"loss.aggregation": aggregation})
-    expected, sums = world.gradient(whole, world.batch(whole))
-    for size in (1, 2, 3):  # 4 pieces, 2, and 2 unequal ones
-        config = world.config(batch_size=size, **{"loss.aggregation": aggregation})
-        gradient, split_sums = world.gradient(config, world.batch(config))
-        assert difference(gradient, expected) < ROUNDING
-        assert split_sums == pytest.approx(sums, rel=1e-4, abs=1e-6)
-
-
-def test_bnpo_alone_depends_on_the_split(world, difference):
-    whole, pieces = (world.config(batch_size=size, **{"loss.aggregation": "bnpo"}) for size in (4, 1))
-    expected, _ = world.gradient(whole, world.batch(whole))
-    assert difference(world.gradient(pieces, world.batch(pieces))[0], expected) > 1e-2
 
 
 def test_a_training_is_the_same_however_its_prompts_are_accumulated(train_tiny, difference):

@@ -89,6 +89,7 @@ def test_a_step_is_logged_with_the_documented_names(quick_start):
     names = {"step", "reward", "reward_std", "frac_reward_zero_std", "kl", "kl_sequence", "kl_step", "entropy", "beta", "alpha", "loss"}
     names |= {"policy_loss", "grad_norm", "learning_rate", "clip_ratio/low_mean", "clip_ratio/high_mean", "num_tokens", "sampling_gap"}
     names |= {"completions/mean_length", "completions/max_length", "completions/clipped_ratio", "rollbacks", "passes"}
+    names |= {"oom_retries", "token_budget"}
     assert names <= set(first)
     assert first["kl"] == pytest.approx(0.0, abs=1e-9)
     assert first["sampling_gap"] < 1e-4

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from gemma_grpo.data.batch import pad_groups, pad_rollouts, pad_values
 from gemma_grpo.model.attention import ATTENTION_NAME, GroupLayout
 from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.model.logprobs import completion_logprobs
+from gemma_grpo.model.memory import DoesNotFitError
 from gemma_grpo.rollout.engine import RolloutEngine, SamplingParams
 from gemma_grpo.rollout.local import LocalEngine
 from gemma_grpo.types import Prompt, RolloutGroup
@@ -195,7 +199,6 @@ def test_settings_that_come_with_a_checkpoint_change_nothing(tiny_model_dir: Pat
     settings = {"do_sample": True, "top_k": 64, "top_p": 0.1, "temperature": 0.01, "repetition_penalty": 9.0, "eos_token_id": [150, 151]}
     (tempting / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
     loaded = [Gemma.load(str(folder), lora=LoraSettings()) for folder in (tiny_model_dir, tempting)]
-    assert loaded[1].causal_lm.generation_config.top_k == 64  # it was read, and it tempts
     plain, tempted = (LocalEngine(model).sample(prompts[:2], PARAMS) for model in loaded)
     assert tempted == plain
 
@@ -272,3 +275,85 @@ def test_bfloat16_samples_near_what_it_trains(new_gemma: Callable[..., Gemma], p
         gap = (completion_logprobs(model, batch)[0] - sampled).abs()
     assert gap.max() < 0.15
     assert gap[batch.completion_mask].mean() < 0.03
+
+
+# ---- how many keys and values are held
+
+
+@dataclass
+class Watched:
+    """What a rollout held, noted at every pass of the model."""
+
+    prefills: list[int] = field(default_factory=list)
+    """Prompts of each part."""
+    held: list[int] = field(default_factory=list)
+    """Tokens whose keys and values a layer holds."""
+    left: list[int] = field(default_factory=list)
+    """At each prefill: caches of earlier parts that still exist."""
+    caches: list[weakref.ref[Any]] = field(default_factory=list)
+
+    def look(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        layout = kwargs["layout"]
+        if isinstance(layout, GroupLayout):
+            self.prefills.append(len(layout.batch.prompt_ids))
+            self.held.append(layout.batch.prompt_mask.numel())
+            self.left.append(sum(cache() is not None for cache in self.caches))
+        else:
+            own = [keys.shape[0] * keys.shape[2] for keys, _ in layout.own_kv.values()]
+            self.held.append(layout.prompt_mask.numel() + max(own, default=0))
+        self.caches.append(weakref.ref(layout))
+
+
+@contextmanager
+def watched(model: Gemma) -> Iterator[Watched]:
+    found = Watched()
+    hook = model.causal_lm.model.layers[0].self_attn.register_forward_pre_hook(found.look, with_kwargs=True)
+    gc.disable()  # what is freed must be freed without it
+    try:
+        yield found
+    finally:
+        gc.enable()
+        hook.remove()
+
+
+# prompts of 4, 21, 8 and 13 tokens with <bos>, each with four completions of at most 12
+@pytest.mark.parametrize(
+    ("kv_tokens", "prefills"),
+    [
+        (None, [4]),
+        (4 * (21 + 4 * 12), [4]),
+        (4 * (21 + 4 * 12) - 1, [3, 1]),
+        (2 * (21 + 4 * 12), [2, 2]),
+        (21 + 4 * 12, [1, 1, 1, 1]),
+        (45, [1] * 8),  # completions 3 + 1, 1 + 1 + ... of 4 + 3 x 12 = 40, 21 + 2 x 12 = 45, 8 + 3 x 12 = 44 and 13 + 2 x 12 = 37
+        (1, [1] * 16),  # one at a time, however little may be held
+    ],
+)
+def test_the_completions_do_not_depend_on_how_many_are_sampled_together(
+    model: Gemma, prompts: list[Prompt], kv_tokens: int | None, prefills: list[int]
+) -> None:
+    expected = LocalEngine(model).sample(prompts, PARAMS)
+    with watched(model) as seen:
+        found = LocalEngine(model, kv_tokens).sample(prompts, PARAMS)
+    assert texts(found) == texts(expected)
+    for one, other in zip(found, expected, strict=True):
+        for first, second in zip(one.completions, other.completions, strict=True):
+            assert first.sampling_logprobs == pytest.approx(second.sampling_logprobs, abs=1e-5)
+    assert seen.prefills == prefills
+    if kv_tokens is not None:
+        assert max(seen.held) <= max(kv_tokens, 21 + 12)
+    assert seen.left == [0] * len(prefills)
+
+
+def test_running_out_of_memory_while_sampling_names_the_setting_that_helps(model: Gemma, prompts: list[Prompt]) -> None:
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    hook = model.causal_lm.model.register_forward_pre_hook(fail)
+    with pytest.raises(DoesNotFitError) as caught:
+        LocalEngine(model, 2 * 69).sample(prompts, PARAMS)
+    assert str(caught.value) == (
+        "out of memory on cpu while sampling: 2 prompts with 4 completions each hold up to 138 tokens of keys and values. "
+        "Set memory.kv_token_budget=69, or lower num_generations or max_completion_length."
+    )
+    hook.remove()
