@@ -23,6 +23,7 @@ from gemma_grpo.grpo.loss import KL_ESTIMATORS, POLICY_LOSSES, policy_objective,
 from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.model.logprobs import completion_logprobs
 from gemma_grpo.model.memory import TokenBudget
+from gemma_grpo.model.precision import LossScale
 
 Gradient = list[Tensor]
 
@@ -51,6 +52,7 @@ class PolicyUpdater:
         loss = config.loss
         self.policy_loss = partial(POLICY_LOSSES[loss.type], clip_low=loss.clip_low, clip_high=loss.clip_high, dual_clip=loss.dual_clip)
         self.kl_estimator = KL_ESTIMATORS[kl.estimator] if kl.placement == "loss" else None
+        self.loss_scale = LossScale(model.dtype)
 
     def update(self, batch: PolicyBatch, step: int) -> dict[str, float]:
         """All planning passes over one rollout batch; what they measured, by metric name.
@@ -139,9 +141,12 @@ class PolicyUpdater:
 
         torch.autograd.grad, not backward(): a backward pass that runs out of memory has already added to some of the .grad.
         """
-        loss, metrics, logprobs = self._piece_loss(piece)
-        gradient = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
-        return gradient, metrics | {"loss": loss.detach()}, logprobs
+        largest, parameters = float(piece.token_weights.max()), list(self.parameters.values())
+        while True:
+            loss, metrics, logprobs = self._piece_loss(piece)
+            gradient = self.loss_scale.gradient(loss, parameters, largest)
+            if gradient is not None:
+                return gradient, metrics | {"loss": loss.detach()}, logprobs
 
     def _piece_loss(self, piece: WeightedBatch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         config = self.config
@@ -283,11 +288,12 @@ class PolicyUpdater:
         for name, controller in self._controllers().items():
             controller.load(controllers[name])
 
-    def _controllers(self) -> dict[str, AdaptiveBeta | HardStop | StepLimit | AdaptiveEntropy | TokenBudget]:
+    def _controllers(self) -> dict[str, AdaptiveBeta | HardStop | StepLimit | AdaptiveEntropy | TokenBudget | LossScale]:
         return {
             "beta": self.beta,
             "hard_stop": self.hard_stop,
             "limit": self.limit,
             "entropy": self.entropy,
             "memory": self.model.budget,
+            "loss_scale": self.loss_scale,
         }

@@ -9,7 +9,7 @@ PR 37226, made exact. LoRA sits between the norms, so its adapters fit the origi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -28,6 +28,8 @@ MAX_GATED = 2.0**14
 """Largest product of gate and up projection trusted in float16: down_proj sums 2,048 to 21,504 of them."""
 RELEASED_WIDTHS = (640, 1152, 2560, 3840, 5376)
 _LARGEST_FINITE_SHIFT = 14
+MAX_REDUCTIONS = 6
+"""2^-24 of the first factor: a gradient that still overflows is not float16's fault."""
 
 
 def default_device() -> torch.device:
@@ -200,11 +202,42 @@ def _float32_product(left: Tensor, right: Tensor) -> Tensor:
     return left.float() @ right.float()
 
 
-def loss_scale(dtype: torch.dtype, largest_weight: float) -> float:
-    """Power of two that lifts a loss whose largest per-token weight is given to about 1, for backward passes in float16; 1 for others.
+class LossScale:
+    """Lifts losses into float16's range for their backward pass; does nothing at other dtypes.
 
-    Mean losses divide by thousands of tokens: their gradients would drown below float16's 6e-8. Divide the gradients by it afterwards.
+    A mean loss divides by thousands of tokens: its gradients, in float16 between the layers, would drown below 6e-8. A power of two
+    brings the largest per-token weight to about 1; when a gradient overflows, later ones are lifted 16 times less.
     """
-    if dtype != torch.float16 or largest_weight <= 0:
-        return 1.0
-    return 2.0 ** -math.floor(math.log2(largest_weight))
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.active = dtype == torch.float16
+        self.reductions = 0
+
+    def of(self, largest_weight: float) -> float:
+        """The factor for a loss whose largest weight of a token (or pair) is given."""
+        if not self.active or largest_weight <= 0:
+            return 1.0
+        return 2.0 ** (-math.floor(math.log2(largest_weight)) - 4 * self.reductions)
+
+    def gradient(self, loss: Tensor, parameters: Sequence[Tensor], largest_weight: float) -> list[Tensor | None] | None:
+        """d loss / d parameters, float32, with None where there is none; None for all when it overflowed and the loss must be made
+        again, to be lifted less. A loss that is not finite is no overflow: what it gives is given."""
+        scale = self.of(largest_weight)
+        found = torch.autograd.grad(loss * scale, list(parameters), allow_unused=True)
+        gradient: list[Tensor | None] = [None if part is None else part / scale for part in found]
+        if self.active and self.reductions < MAX_REDUCTIONS and torch.isfinite(loss) and not _all_finite(gradient):
+            self.reductions += 1
+            return None
+        return gradient
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"reductions": float(self.reductions)}
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """Continue from what state() gave."""
+        self.reductions = int(state["reductions"])
+
+
+def _all_finite(parts: Sequence[Tensor | None]) -> bool:
+    return all(bool(torch.isfinite(part).all()) for part in parts if part is not None)

@@ -21,6 +21,7 @@ from gemma_grpo.data.chat import encode_plain, judge_suffix_ids
 from gemma_grpo.data.prompts import EncodedPair
 from gemma_grpo.model.attention import GroupLayout
 from gemma_grpo.model.gemma import Gemma, ModelRole
+from gemma_grpo.model.precision import LossScale
 from gemma_grpo.types import RolloutGroup
 
 JUDGE_QUESTION = "Is this a good reply? Answer Yes or No."
@@ -101,12 +102,12 @@ def train_reward_adapter(
     updates = -(-len(order) // settings.batch_size)
     parameters = list(judge.model.adapter_parameters("reward").values())
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
-    warmup = max(1, updates // 10)
+    warmup, scale = max(1, updates // 10), LossScale(judge.model.dtype)
     torch.manual_seed(seed)  # dropout, where it is on, is part of the run
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda u: min((u + 1) / warmup, (updates - u) / max(1, updates - warmup)))
     for update in range(updates):
         batch = order[update * settings.batch_size : (update + 1) * settings.batch_size]
-        gradient, loss, rewards = _pair_gradient(judge, batch, settings, parameters)
+        gradient, loss, rewards = _pair_gradient(judge, batch, settings, parameters, scale)
         if not math.isfinite(loss):
             raise FloatingPointError(f"reward adapter: the loss is {loss} at update {update + 1}. Lower reward_model.learning_rate.")
         for parameter, value in zip(parameters, gradient, strict=True):
@@ -121,23 +122,27 @@ def train_reward_adapter(
 
 
 def _pair_gradient(
-    judge: Judge, pairs: Sequence[EncodedPair], settings: RewardModelSettings, parameters: Sequence[Tensor]
+    judge: Judge, pairs: Sequence[EncodedPair], settings: RewardModelSettings, parameters: Sequence[Tensor], scale: LossScale
 ) -> tuple[list[Tensor], float, Float[Tensor, "N 2"]]:
     """Gradient of the mean loss over the pairs, that loss, and the pairs' rewards; the same however the token budget cuts them."""
     gradient, loss, rewards = [torch.zeros_like(parameter) for parameter in parameters], 0.0, torch.zeros(len(pairs), 2)
 
-    def work(piece: GroupBatch) -> tuple[Sequence[Tensor], Tensor, Tensor]:
-        log_odds = judge.log_odds(piece)
-        mean = bradley_terry_loss(log_odds, centering=settings.centering, label_smoothing=settings.label_smoothing)
-        share = mean * (len(log_odds) / len(pairs))
-        return torch.autograd.grad(share, list(parameters)), share.detach(), log_odds.detach()
+    def work(piece: GroupBatch) -> tuple[Sequence[Tensor | None], Tensor, Tensor]:
+        while True:
+            log_odds = judge.log_odds(piece)
+            mean = bradley_terry_loss(log_odds, centering=settings.centering, label_smoothing=settings.label_smoothing)
+            share = mean * (len(log_odds) / len(pairs))
+            part = scale.gradient(share, parameters, 1 / len(pairs))
+            if part is not None:
+                return part, share.detach(), log_odds.detach()
 
     batch = _pair_batch(judge, pairs)
     with judge.model.role("reward", train=True):
         # whole groups: the two sides of a pair meet in one loss
         for slot, (part, share, log_odds) in judge.model.budget.run(batch, work, doing="training the reward adapter", whole_groups=True):
             for total, value in zip(gradient, part, strict=True):
-                total += value
+                if value is not None:
+                    total += value
             loss += share.item()
             slot.put(log_odds, rewards)
     return gradient, loss, rewards

@@ -14,7 +14,7 @@ from transformers import Gemma3ForCausalLM
 from gemma_grpo.data.batch import GroupBatch, pad_groups
 from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.model.logprobs import completion_logprobs
-from gemma_grpo.model.precision import FP16_MAX, choose_divisor, head_gradient, loss_scale, rescale_residual, watching_peaks
+from gemma_grpo.model.precision import FP16_MAX, LossScale, choose_divisor, head_gradient, rescale_residual, watching_peaks
 
 PROMPT = [2, *range(120, 140)]
 DIVISORS = [1, 16, 64, 1024, 16384]
@@ -110,7 +110,7 @@ def test_rescaling_again_replaces_the_divisor(large_normed: Callable[..., Gemma]
 def test_in_float16_it_is_nearer_to_float32_than_bfloat16_is(large_normed: Callable[..., Gemma], seed: int) -> None:
     logprobs, gradient = measured(large_normed(seed=seed))
     rounded, rounded_gradient = measured(large_normed(torch.bfloat16, seed=seed))
-    half, half_gradient = measured(large_normed(torch.float16, 64, seed), loss_scale(torch.float16, 1 / int(BATCH.completion_mask.sum())))
+    half, half_gradient = measured(large_normed(torch.float16, 64, seed), LossScale(torch.float16).of(1 / int(BATCH.completion_mask.sum())))
     assert (half - logprobs).abs().mean() < (rounded - logprobs).abs().mean()
 
     def error(of: torch.Tensor) -> float:
@@ -235,8 +235,44 @@ def test_a_peak_that_is_nan_counts_as_infinite(large_normed: Callable[..., Gemma
 
 @pytest.mark.parametrize(("weight", "scale"), [(1 / 32768, 32768), (1 / 3000, 4096), (1.0, 1), (3.0, 0.5), (0.0, 1)])
 def test_a_loss_is_lifted_to_about_one(weight: float, scale: float) -> None:
-    assert loss_scale(torch.float16, weight) == scale
-    assert loss_scale(torch.bfloat16, weight) == loss_scale(torch.float32, weight) == 1
+    assert LossScale(torch.float16).of(weight) == scale
+    assert LossScale(torch.bfloat16).of(weight) == LossScale(torch.float32).of(weight) == 1
+
+
+def half_precision_gradient(scale: LossScale, weight: float, steepness: float) -> list[torch.Tensor | None] | None:
+    """Of weight * steepness * w at a float32 w = 1, which passes a float16 number on its way."""
+    w = torch.ones(1, requires_grad=True)
+    loss = ((w.half() * steepness).float() * weight).sum()
+    return scale.gradient(loss, [w], weight)
+
+
+def test_a_gradient_below_float16_is_found_by_lifting_it() -> None:
+    # 1e-9 * 0.5 would be 0 in float16
+    (found,) = half_precision_gradient(LossScale(torch.float16), 1e-9, 0.5) or [None]
+    assert found is not None
+    torch.testing.assert_close(found, torch.tensor([0.5e-9]), rtol=1e-3, atol=0.0)
+    (lost,) = half_precision_gradient(LossScale(torch.float32), 1e-9, 0.5) or [None]
+    assert lost == 0
+
+
+def test_a_gradient_that_overflows_is_lifted_less_and_that_is_remembered() -> None:
+    scale = LossScale(torch.float16)
+    # 0.6 is lifted to 1.2, times 60,000 is beyond 65,504; 16 times less is not
+    assert half_precision_gradient(scale, 0.6, 60_000.0) is None
+    (found,) = half_precision_gradient(scale, 0.6, 60_000.0) or [None]
+    assert found is not None
+    torch.testing.assert_close(found, torch.tensor([36_000.0]), rtol=1e-2, atol=0.0)
+    resumed = LossScale(torch.float16)
+    resumed.load(scale.state())
+    assert resumed.of(1.0) == scale.of(1.0) == 1 / 16
+
+
+def test_a_loss_that_is_no_number_is_no_overflow() -> None:
+    scale = LossScale(torch.float16)
+    (found,) = half_precision_gradient(scale, 1.0, torch.nan) or [None]
+    assert found is not None
+    assert torch.isnan(found).all()
+    assert scale.reductions == 0
 
 
 def test_small_gradients_survive_a_half_precision_head() -> None:
