@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gemma_grpo.config import GRPOConfig
     from gemma_grpo.data.hh_rlhf import load_hh_rlhf
+    from gemma_grpo.diagnosis import doctor
     from gemma_grpo.grpo.trainer import GRPOTrainer
 
 __version__ = "0.1.0"
-__all__ = ["GRPOConfig", "GRPOTrainer", "load_hh_rlhf"]
+__all__ = ["GRPOConfig", "GRPOTrainer", "doctor", "load_hh_rlhf"]
 
 _HOME = {
     "GRPOConfig": "gemma_grpo.config",
     "GRPOTrainer": "gemma_grpo.grpo.trainer",
+    "doctor": "gemma_grpo.diagnosis",
     "load_hh_rlhf": "gemma_grpo.data.hh_rlhf",
 }
 

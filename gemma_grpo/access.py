@@ -112,9 +112,7 @@ def cached_folder(name: str, *, weights: bool = True) -> Path | None:
 
 def access_problem(name: str, kind: Kind = "model", *, timeout: float = 10.0) -> AccessError | None:
     """Why the Hub will not give this repository, None when it will. `timeout` in seconds, for each of at most two questions."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
+    if offline():
         return _offline(name, kind)
     if not _token().isprintable() or not _token().isascii():
         return _invalid_token()  # asking with it would put it into the error's text
@@ -131,6 +129,18 @@ def hub_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     return (HTTPError, OSError, *others)
+
+
+def offline() -> bool:
+    """Whether HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) forbids asking."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
+def logged_in() -> bool:
+    """Whether a token is set, valid or not: by HF_TOKEN, `hf auth login` or a Colab secret."""
+    return bool(_token())
 
 
 def cache_dir() -> Path:
@@ -325,9 +335,10 @@ def _unreachable(name: str, kind: Kind, what: str) -> AccessError:
 
 def _fetch_steps(name: str, kind: Kind) -> list[str]:
     near = "" if name in KNOWN_NAMES[kind] else _did_you_mean(name, kind).rstrip()
-    command = f"hf download {name}" if kind == "model" else f"gemma-grpo data stats {name}"
-    elsewhere = "a folder" if kind == "model" else "a file"
-    steps = [f"Run once online: {command}", f"Or give {elsewhere} of this machine. {_NO_ACCOUNT if kind == 'model' else ''}".rstrip()]
+    if kind == "dataset":
+        steps = [f"Run once online: gemma-grpo data stats {name}", "Or give a file of this machine."]
+    else:
+        steps = [f"Run once online: hf download {name}", "Or give a folder of this machine.", _NO_ACCOUNT]
     return [near, *steps] if near else steps
 
 

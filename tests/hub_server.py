@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 COMMIT = "a" * 40
+SECRET = "hf_aSecretThatNobodyMaySee"
+"""Tokens of the tests begin with it, so that one look finds any of them in an output."""
 
 VISITOR = "Access to {kind} {repo} is restricted. You must have access to it and be authenticated to access it. Please log in."
 UNLISTED = (
@@ -183,3 +189,20 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _etag(data: bytes) -> str:
     return hashlib.sha1(data).hexdigest()
+
+
+class Machine:
+    """A machine with its own home and an empty cache, on which commands are run."""
+
+    def __init__(self, hub: Hub, home: Path) -> None:
+        self.hub, self.home = hub, home
+        self.cache = home / "hf" / "hub"
+
+    def run(self, *words: str, who: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+        env = kept | {"HOME": str(self.home), "HF_HOME": str(self.home / "hf"), "HF_ENDPOINT": self.hub.url, **environment}
+        if who:
+            env["HF_TOKEN"] = SECRET + who
+        done = subprocess.run([sys.executable, *words], env=env, cwd=self.home, capture_output=True, text=True, timeout=120, check=False)
+        assert SECRET not in done.stdout + done.stderr
+        return done

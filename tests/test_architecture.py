@@ -18,7 +18,7 @@ ROWS: dict[str, float] = {
     "types": 0,
     "cards": 0,
     "shapes": 1,  # on the adapter's settings
-    "access": 1,
+    "access": 1.5,  # on the names that shapes knows
     "grpo.advantages": 1,
     "grpo.loss": 1,
     "grpo.control": 1,
@@ -33,6 +33,8 @@ ROWS: dict[str, float] = {
     "reward": 4,
     "rollout": 4,
     "evaluation": 5,
+    "agreement": 5,
+    "diagnosis": 6,
     "export": 5,
     "monitor.alarms": 5,
     "miniature": 5,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gemma_grpo.cli import data, demo, recipes, training
+from gemma_grpo.cli import data, demo, doctor, recipes, training
 from gemma_grpo.cli.errors import Exit, report
 
 _INTERRUPTED = 130
@@ -24,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # boxes break in terminals that are not UTF-8, and cost start-up time
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
