@@ -1,0 +1,211 @@
+"""Decides a run's budgets for a card, whether it fits, and what would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+from typing import Any
+
+from gemma_grpo.cards import GIB, Card, known_cards
+from gemma_grpo.config.schema import GRPOConfig
+from gemma_grpo.planner.phases import PROGRAM, Budgets, Phase, Run
+from gemma_grpo.planner.plan import Plan, Suggestion
+from gemma_grpo.planner.terms import Number, Numbers
+from gemma_grpo.shapes import ModelShape, known_shapes
+
+HEADROOM = 0.9
+"""Budgets that are planned fill so much of the limit; the rest is for batches of other lengths and for the plan's own error."""
+DEFAULT_REWARDS = frozenset({"generative"})
+_WORTH_TELLING = 0.01
+"""Suggestions save at least this share of the peak."""
+
+
+class PreflightError(ValueError):
+    """A run that would not fit, refused before anything is loaded."""
+
+
+def plan_run(
+    config: GRPOConfig, shape: ModelShape, card: Card, *, rewards: Collection[str] | None = None, num_prompts: int | None = None
+) -> Plan:
+    """What a run holds on a card, phase by phase, with the budgets it shall use.
+
+    `rewards` are the names of its rewards where the settings do not say (a function given in Python); `num_prompts` the training
+    prompts, once known. Raises ValueError when the card cannot do what precision asks.
+    """
+    names = frozenset(config.reward or DEFAULT_REWARDS) if rewards is None else frozenset(rewards)
+    run = Run(config, shape, numbers_of(config, card), names)
+    limit = _limit(config, card)
+    budgets = _decided(run, limit)
+    plan = Plan(
+        model_name=config.model_name,
+        card=card,
+        precision=f"{run.numbers.kind}, linear layers in nf4" if run.numbers.nf4 else run.numbers.kind,
+        lora=f"LoRA r={config.lora.r} on {_modules(config)}",
+        limit_bytes=limit,
+        token_budget=budgets.tokens,
+        kv_token_budget=budgets.kv_tokens,
+        reduced=_reduced(run, budgets),
+        phases=tuple(run.phases(budgets)),
+        two_copies_bytes=_two_copies(run),
+        batch_size=config.batch_size,
+        num_generations=config.num_generations,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        num_prompts=num_prompts,
+    )
+    return plan if plan.fits else replace(plan, suggestions=tuple(_suggestions(run, card)))
+
+
+def numbers_of(config: GRPOConfig, card: Card) -> Numbers:
+    """The number format that `precision` means on a card (model/precision.py does the same with torch's answer)."""
+    kind: Number
+    if config.precision == "auto":
+        kind = "fp32" if card.kind == "cpu" else "bf16" if card.native_bf16 else "fp16_rescaled"
+    else:
+        kind = config.precision
+    if kind == "bf16" and card.kind == "cuda" and not card.native_bf16:
+        raise ValueError(f"precision is bf16, but {card.name} has no bfloat16 units and would emulate them. Use precision=auto.")
+    return Numbers(kind, config.quantization == "nf4", card.kind == "cuda")
+
+
+def _limit(config: GRPOConfig, card: Card) -> int:
+    """memory.limit_gib where it is set, but never more than the card has."""
+    wanted = config.memory.limit_gib
+    return card.usable_bytes if wanted is None else min(card.usable_bytes, round(wanted * GIB))
+
+
+def _decided(run: Run, limit: int) -> Budgets:
+    """Budgets as set, else those of a whole step, made smaller until the phases they decide leave their headroom."""
+    memory, whole, least, room = run.config.memory, run.whole_step, run.smallest, HEADROOM * limit
+    tokens = memory.token_budget or _largest(least.tokens, whole.tokens, lambda n: _peak(_passes(run, n)) <= room)
+    kv = memory.kv_token_budget or _largest(least.kv_tokens, whole.kv_tokens, lambda n: _peak(_samplings(run, n)) <= room)
+    return Budgets(tokens, kv)
+
+
+def _passes(run: Run, tokens: int) -> Iterator[Phase]:
+    yield from (run.update(tokens), run.reference(tokens), run.reward(tokens))
+    if run.trains_reward:
+        yield run.reward_training(tokens)
+
+
+def _samplings(run: Run, kv_tokens: int) -> Iterator[Phase]:
+    yield run.rollout(kv_tokens)
+    if run.evaluation_groups():
+        yield run.evaluation(kv_tokens)
+
+
+def _peak(phases: Iterator[Phase]) -> int:
+    return max(phase.total for phase in phases)
+
+
+def _largest(least: int, most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from least to most that fits, by halving; least where none does."""
+    if fits(most):
+        return most
+    low, high = least, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _reduced(run: Run, budgets: Budgets) -> tuple[str, ...]:
+    memory, whole = run.config.memory, run.whole_step
+    cut = []
+    if memory.token_budget is None and budgets.tokens < whole.tokens:
+        cut.append("token_budget")
+    if memory.kv_token_budget is None and budgets.kv_tokens < whole.kv_tokens:
+        cut.append("kv_token_budget")
+    return tuple(cut)
+
+
+def _two_copies(run: Run) -> int:
+    """Two 16-bit copies of the whole checkpoint, vision tower included, and the program: before a token is computed."""
+    whole = run.shape.weight_bytes(2) + 2 * run.shape.vision_parameters
+    return 2 * whole + run.loading().parts[PROGRAM]
+
+
+def _modules(config: GRPOConfig) -> str:
+    modules = dict.fromkeys(config.lora.target_modules)
+    return "all linear layers" if len(modules) == 7 else ", ".join(modules)
+
+
+# ---- what would help
+
+
+def _smallest_peak(run: Run) -> int:
+    """The peak at the smallest budgets that the settings allow."""
+    memory, least = run.config.memory, run.smallest
+    return _peak(iter(run.phases(Budgets(memory.token_budget or least.tokens, memory.kv_token_budget or least.kv_tokens))))
+
+
+def _suggestions(run: Run, card: Card) -> list[Suggestion]:
+    """Changes that lower the peak, the most effective first; then the smallest card that takes the run as it is."""
+    now, found = _smallest_peak(run), []
+    for change, settings, shape in _alternatives(run, card):
+        config = _changed(run.config, settings)
+        peak = _smallest_peak(Run(config, shape or run.shape, numbers_of(config, card), run.rewards))
+        if now - peak > _WORTH_TELLING * now:
+            found.append(Suggestion(change, now - peak, peak <= _limit(config, card)))
+    wanted = run.config.memory.limit_gib
+    if wanted is not None and wanted * GIB < now <= card.usable_bytes:
+        found.append(Suggestion("memory.limit_gib=null", 0, True))
+    models = [suggestion for suggestion in found if suggestion.change.startswith("model_name=")]
+    kept = next((model for model in models if model.fits), models[-1] if models else None)
+    found = [suggestion for suggestion in found if suggestion not in models or suggestion is kept]
+    found.sort(key=lambda suggestion: -suggestion.saves_bytes)
+    return [*found, *_larger_card(run)]
+
+
+def _alternatives(run: Run, card: Card) -> Iterator[tuple[str, dict[str, Any], ModelShape | None]]:
+    """What to say, the settings changed, and the shape where it is another."""
+    config, memory = run.config, run.config.memory
+    changes: dict[str, Any] = {"max_completion_length": config.max_completion_length // 2 or 1}
+    changes["max_prompt_length"] = max(8, config.max_prompt_length // 2)
+    changes["num_generations"] = max(2, config.num_generations // 2)
+    changes["reward_model.max_length"] = max(16, config.reward_model.max_length // 2)
+    if not run.numbers.nf4 and card.kind == "cuda":
+        changes["quantization"] = "nf4"
+    if run.numbers.kind == "fp32" and card.kind == "cuda":
+        changes["precision"] = "auto"
+    if not config.gradient_checkpointing:
+        changes["gradient_checkpointing"] = True
+    if memory.token_budget is not None:
+        changes["memory.token_budget"] = None
+    if memory.kv_token_budget is not None:
+        changes["memory.kv_token_budget"] = None
+    if config.lora.r > 8:
+        changes["lora.r"] = 8
+    if set(config.lora.target_modules) - {"q_proj", "v_proj"}:
+        changes["lora.target_modules"] = ("q_proj", "v_proj")
+    for key, value in changes.items():
+        yield f"{key}={_shown(value)}", {key: value}, None
+    # the largest first
+    smaller = [shape for name, shape in known_shapes().items() if name.endswith("-it") and shape.parameters < run.shape.parameters]
+    for shape in reversed(smaller):
+        yield f"model_name={shape.name}", {"model_name": shape.name}, shape
+
+
+def _changed(config: GRPOConfig, settings: dict[str, Any]) -> GRPOConfig:
+    for key, value in settings.items():
+        stage, _, name = key.rpartition(".")
+        if stage:
+            config = config.model_copy(update={stage: getattr(config, stage).model_copy(update={name: value})})
+        else:
+            config = config.model_copy(update={name: value})
+    return config
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{','.join(value)}]"
+    return "null" if value is None else str(value).lower()
+
+
+def _larger_card(run: Run) -> Iterator[Suggestion]:
+    """The smallest known card on which the settings fit as they are, with what precision means there."""
+    for card in sorted(known_cards().values(), key=lambda card: card.usable_bytes):
+        if run.config.precision == "bf16" and not card.native_bf16:
+            continue
+        if _smallest_peak(replace(run, numbers=numbers_of(run.config, card))) <= card.usable_bytes:
+            yield Suggestion(f"a larger card, such as {card.name} ({card.usable_bytes / GIB:.1f} GiB)", 0, True)
+            return

@@ -1,0 +1,216 @@
+"""The phases of a run and what each holds at its peak, from the terms of terms.py.
+
+A phase passes through stages (a layer's backward pass, then the head's, and so on) that give their memory back one after the other:
+the largest counts. Batches are planned at full length; shorter completions to long prompts repeat more keys for each token, by up to
+a fifth of a phase, which the headroom of the planned budgets is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gemma_grpo.config.schema import GRPOConfig
+from gemma_grpo.planner import terms
+from gemma_grpo.planner.terms import Numbers, Pass
+from gemma_grpo.shapes import ModelShape
+
+BASE, ADAPTERS, SLIDING_KV, GLOBAL_KV = "base weights", "adapters, optimizer", "KV, sliding layers", "KV, global layers"
+ACTIVATIONS, LOGITS, PROGRAM = "activations", "logits, sampling", "program, context"
+PARTS = (BASE, ADAPTERS, SLIDING_KV, GLOBAL_KV, ACTIVATIONS, LOGITS, PROGRAM)
+
+JUDGE_TOKENS = 24
+"""The judge's question after a completion, closing and opening turn included, rounded up."""
+REFERENCE_PROMPTS = 64
+"""Prompts on which the trained reward is centred: one completion each (grpo/assess.py)."""
+
+Stage = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is held at one phase's peak."""
+
+    name: str
+    parts: Mapping[str, int]
+    """Part -> bytes; every part of PARTS, 0 where there is none of it."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts together."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Padded tokens of one pass, and tokens of keys and values held while sampling."""
+
+    tokens: int
+    kv_tokens: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the phases are worked out for."""
+
+    config: GRPOConfig
+    shape: ModelShape
+    numbers: Numbers
+    rewards: frozenset[str]
+    """Names of the rewards; "generative" is trained unless reward_model.path is given, "judge" is the base's own verdict."""
+
+    @property
+    def trains_reward(self) -> bool:
+        """Whether a reward adapter is trained before the policy."""
+        return "generative" in self.rewards and self.config.reward_model.path is None
+
+    @property
+    def whole_step(self) -> Budgets:
+        """batch_size full groups a pass, and all prompts of a step sampled together."""
+        config = self.config
+        group = config.max_prompt_length + config.num_generations * config.max_completion_length
+        return Budgets(config.batch_size * group, config.prompts_per_step * group)
+
+    @property
+    def smallest(self) -> Budgets:
+        """One completion at a time: what cannot be cut further."""
+        one = self.config.max_prompt_length + self.config.max_completion_length
+        return Budgets(one, one)
+
+    def phases(self, budgets: Budgets) -> list[Phase]:
+        """All phases that this run has, in their order."""
+        held = [self.loading(), *([self.reward_training(budgets.tokens)] if self.trains_reward else [])]
+        held.append(self.rollout(budgets.kv_tokens))
+        if self.rewards & {"generative", "judge"}:
+            held.append(self.reward(budgets.tokens))
+        if self.config.kl.placement != "off":
+            held.append(self.reference(budgets.tokens))
+        held.append(self.update(budgets.tokens))
+        if self.evaluation_groups():
+            held.append(self.evaluation(budgets.kv_tokens))
+        return held
+
+    def loading(self) -> Phase:
+        """The base, as its last tensor is read; with NF4 a linear layer is there in full before it is quantised."""
+        whole_layer = 2 * terms.nf4_workspace(self.shape, self.numbers)
+        return self._phase("loading", 0, {ACTIVATIONS: terms.READING_BYTES + whole_layer})
+
+    def rollout(self, kv_tokens: int) -> Phase:
+        """Sampling the groups of a step: as many prompts together as keys and values allow."""
+        return self._sampling("rollout", kv_tokens, {self.config.num_generations: self.config.prompts_per_step})
+
+    def evaluation(self, kv_tokens: int) -> Phase:
+        """Sampling held-out prompts, fewer completions of more prompts than in training: more is prefilled at once."""
+        return self._sampling("evaluation", kv_tokens, self.evaluation_groups())
+
+    def evaluation_groups(self) -> dict[int, int]:
+        """Completions per prompt -> prompts sampled together, in evaluation and in centring the reward (grpo/assess.py)."""
+        config, groups = self.config, dict[int, int]()
+        if config.evaluation.num_prompts:
+            size = config.evaluation.num_completions
+            groups[size] = min(config.evaluation.num_prompts, max(1, config.completions_per_step // size))
+        if self.trains_reward:
+            groups[1] = max(groups.get(1, 0), min(REFERENCE_PROMPTS, config.completions_per_step))
+        return groups
+
+    def reward(self, tokens: int) -> Phase:
+        """The judge reads completions and its question; two rows of the head, no logits."""
+        return self._phase("reward", terms.ADAPTER_COPIES, self._forward(self._pass(tokens, judged=True)))
+
+    def reference(self, tokens: int) -> Phase:
+        """Log-probabilities with the adapters off, without gradients."""
+        piece = self._pass(tokens)
+        head = {ACTIVATIONS: self._after_layers(piece), LOGITS: self._logits(terms.FORWARD_LOGITS, piece)}
+        return self._phase("reference", terms.ADAPTER_COPIES, self._forward(piece), head)
+
+    def update(self, tokens: int) -> Phase:
+        """Forward and backward through the policy, beside what the updater keeps to take a step back."""
+        piece = self._pass(tokens)
+        held = self._kept_by_layers(piece)
+        head = {ACTIVATIONS: held + self._after_layers(piece), LOGITS: self._logits(terms.BACKWARD_LOGITS, piece)}
+        return self._phase("update", terms.ADAPTER_COPIES + terms.UPDATE_COPIES, *self._backward(piece), head)
+
+    def reward_training(self, tokens: int) -> Phase:
+        """Bradley-Terry on pairs: a conversation and its two replies are never cut apart."""
+        settings = self.config.reward_model
+        longest = 2 * settings.max_length  # a short question with two replies that fill the limit
+        read = max(longest, min(tokens, settings.batch_size * longest))
+        half = settings.max_length // 2
+        piece = Pass.of(read, settings.max_length - half, 2, half)
+        return self._phase("reward training", terms.REWARD_TRAINING_COPIES, *self._backward(piece))
+
+    def _phase(self, name: str, copies: int, *stages: Stage) -> Phase:
+        fixed = {
+            BASE: terms.base_weights(self.shape, self.numbers),
+            ADAPTERS: terms.adapters(self.shape, self.config.lora, copies),
+            PROGRAM: terms.CUDA_CONTEXT if self.numbers.on_cuda else terms.CPU_PROGRAM,
+        }
+        largest = max(stages, key=lambda stage: sum(stage.values()))
+        held = {part: round(fixed.get(part, 0) + largest.get(part, 0)) for part in PARTS}
+        return Phase(name, held)
+
+    def _sampling(self, name: str, kv_tokens: int, groups: Mapping[int, int]) -> Phase:
+        stages = [stage for group, prompts in groups.items() for stage in self._sampling_stages(group, prompts, kv_tokens)]
+        return self._phase(name, terms.ADAPTER_COPIES, *stages)
+
+    def _sampling_stages(self, group: int, prompts: int, kv_tokens: int) -> list[Stage]:
+        """Prefill; drawing a token for every row; a layer of the next token."""
+        config, shape, numbers = self.config, self.shape, self.numbers
+        whole = prompts * (config.max_prompt_length + group * config.max_completion_length)
+        part = Pass.of(min(whole, kv_tokens), config.max_prompt_length, group, config.max_completion_length)
+        rows = part.prompts * part.group
+        prefill = self._forward(Pass(part.prompts, config.max_prompt_length, 0, config.max_completion_length))
+        scores = terms.decode_scores(shape, rows, config.max_prompt_length + config.max_completion_length)
+        repacked = 2 * part.prompt_tokens * shape.kv_width * numbers.bytes  # prompt keys and values in the order of a matrix product
+        draw = {LOGITS: terms.sampling(shape, config.sampling, rows)}
+        decode = {ACTIVATIONS: scores + repacked + terms.nf4_workspace(shape, numbers)}
+        return [
+            {**self._kv(part.prompt_tokens), **prefill},
+            {**self._kv(part.tokens), **draw},
+            {**self._kv(part.tokens), **decode},
+        ]
+
+    def _kv(self, tokens: float) -> Stage:
+        return dict(zip((SLIDING_KV, GLOBAL_KV), terms.kv_cache(self.shape, self.numbers, tokens), strict=True))
+
+    def _pass(self, tokens: int, *, judged: bool = False) -> Pass:
+        config = self.config
+        question = JUDGE_TOKENS if judged else 0
+        return Pass.of(tokens, config.max_prompt_length, config.num_generations, config.max_completion_length + question)
+
+    def _forward(self, piece: Pass) -> Stage:
+        shape, numbers = self.shape, self.numbers
+        return {ACTIVATIONS: terms.layer_forward(shape, self.config.lora, numbers, piece) + terms.nf4_workspace(shape, numbers)}
+
+    def _after_layers(self, piece: Pass) -> float:
+        return terms.last_hidden(self.shape, self.numbers, piece) + terms.rotary(self.shape, self.numbers, piece.tokens)
+
+    def _logits(self, copies: int, piece: Pass) -> float:
+        return terms.logits(self.shape, self.numbers, copies, piece.completion_tokens)
+
+    def _saved(self, piece: Pass, *, layer_input: bool) -> tuple[float, float]:
+        """What one layer keeps: its attention, and the rest."""
+        shape, lora, numbers = self.shape, self.config.lora, self.numbers
+        rest = terms.saved_mlp(shape, lora, numbers, piece) + terms.saved_norms(shape, numbers, piece, layer_input=layer_input)
+        return terms.saved_attention(shape, lora, numbers, piece), rest
+
+    def _kept_by_layers(self, piece: Pass) -> float:
+        """What all layers keep between forward and backward: their inputs alone, or all that they saved."""
+        if self.config.gradient_checkpointing:
+            return terms.checkpoints(self.shape, self.numbers, piece.tokens)
+        return self.shape.num_layers * sum(self._saved(piece, layer_input=True))
+
+    def _backward(self, piece: Pass) -> list[Stage]:
+        """A layer computed forward; then backward through its last norm, its feed-forward half and its attention."""
+        shape, lora, numbers = self.shape, self.config.lora, self.numbers
+        kept = self._kept_by_layers(piece)
+        held = kept + terms.rotary(shape, numbers, piece.tokens) + terms.nf4_workspace(shape, numbers)
+        # checkpointed, one layer's saved tensors come on top; else the last layer's are among those kept
+        attention, rest = self._saved(piece, layer_input=False) if self.config.gradient_checkpointing else (0.0, 0.0)
+        freed = 0.0 if self.config.gradient_checkpointing else terms.saved_mlp(shape, lora, numbers, piece)
+        return [
+            {ACTIVATIONS: kept + self._forward(piece)[ACTIVATIONS]} if self.config.gradient_checkpointing else {ACTIVATIONS: held},
+            {ACTIVATIONS: held + attention + rest + terms.norm_backward(shape, numbers, piece)},
+            {ACTIVATIONS: held + attention + rest + terms.mlp_backward(shape, lora, numbers, piece)},
+            {ACTIVATIONS: held + attention - freed + terms.attention_backward(shape, numbers, piece)},
+        ]
