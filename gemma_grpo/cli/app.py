@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gemma_grpo.cli import data, demo, doctor, recipes, training
+from gemma_grpo.cli import data, demo, doctor, plan, recipes, training
 from gemma_grpo.cli.errors import Exit, report
 
 _INTERRUPTED = 130
@@ -28,6 +28,7 @@ app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
+app.command("plan")(plan.plan)
 app.command("train-reward")(training.train_reward)
 app.command("train")(training.train)
 app.command("evaluate")(training.evaluate)

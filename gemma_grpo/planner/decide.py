@@ -6,12 +6,13 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
+from gemma_grpo.access import checkpoint_folder
 from gemma_grpo.cards import GIB, Card, known_cards
 from gemma_grpo.config.schema import GRPOConfig
 from gemma_grpo.planner.phases import PROGRAM, Budgets, Phase, Run
 from gemma_grpo.planner.plan import Plan, Suggestion
 from gemma_grpo.planner.terms import Number, Numbers
-from gemma_grpo.shapes import ModelShape, known_shapes
+from gemma_grpo.shapes import ModelShape, known_shapes, shape_of
 
 HEADROOM = 0.9
 """Budgets that are planned fill so much of the limit; the rest is for batches of other lengths and for the plan's own error."""
@@ -22,6 +23,14 @@ _WORTH_TELLING = 0.01
 
 class PreflightError(ValueError):
     """A run that would not fit, refused before anything is loaded."""
+
+
+def find_shape(model_name: str) -> ModelShape:
+    """Shape of any checkpoint: of a released one from the table, of a folder or another Hub id by its config.json, fetched alone.
+
+    Raises AccessError when that cannot be had, ValueError when it is no Gemma 3.
+    """
+    return shape_of(model_name if model_name in known_shapes() else str(checkpoint_folder(model_name, weights=False)))
 
 
 def plan_run(
