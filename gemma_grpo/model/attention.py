@@ -8,6 +8,7 @@ Owns the layouts a forward pass can have; not the padding (data/batch.py).
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -190,6 +191,9 @@ class DecodeLayout:
     ) -> Tensor:
         """query [B H 1 D] -> [B 1 H D]. One softmax over both parts' scores, in float32."""
         own_k, own_v = self._remember(layer, key, value)
+        # the power of two in the scaling comes first, which rounds nothing: unscaled products can pass float16's 65,504
+        power = 2.0 ** math.floor(math.log2(scaling))
+        query, scaling = query * power, scaling / power
         prompt_k, prompt_v = self.prompt_kv[layer]
         num_prompts, kv_heads, _, dim = prompt_k.shape
         shared = query.view(num_prompts, self.group, kv_heads, -1, dim).transpose(1, 2).flatten(2, 3)  # (N, K, G*R, D)

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import Gemma3ForCausalLM
 
 from gemma_grpo.data.batch import GroupBatch, pad_groups
+from gemma_grpo.model.attention import DecodeLayout, GroupLayout
 from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.model.logprobs import completion_logprobs
 from gemma_grpo.model.precision import FP16_MAX, LossScale, choose_divisor, head_gradient, rescale_residual, watching_peaks
@@ -155,6 +156,21 @@ def test_peft_alone_reads_an_adapter_of_the_rescaled_base(large_normed: Callable
 def test_a_divisor_that_would_round_is_refused(large_normed: Callable[..., Gemma], divisor: int) -> None:
     with pytest.raises(ValueError, match="only a power of two is exact"):
         rescale_residual(large_normed().causal_lm, divisor)
+
+
+def test_products_of_queries_and_keys_beyond_float16_do_not_break_decoding(new_gemma: Callable[..., Gemma]) -> None:
+    # gains of 100 over 16 numbers: q.k reaches 16 * 100 * 100 = 160,000, and a quarter of it after the scaling
+    model = new_gemma()
+    for name, weight in model.causal_lm.named_parameters():
+        if "lora_" not in name:
+            weight.data = weight.data + 99 if "q_norm" in name or "k_norm" in name else weight.data.half()
+    prefill = GroupLayout(pad_groups([PROMPT], [[()]]), keep_prompt_kv=True)
+    with torch.no_grad(), model.role("policy"):
+        model.hidden_states(prefill)
+        decode = DecodeLayout(prefill, group=2, max_tokens=1)
+        hidden = model.hidden_states(decode, input_ids=torch.tensor([[150], [151]]), position_ids=decode.next_positions())
+    assert hidden.dtype == torch.float16
+    assert torch.isfinite(hidden).all()
 
 
 # ---- the headroom probe

@@ -1,0 +1,82 @@
+"""What only a CUDA card can show: `pytest -m gpu`. The same code runs on a CPU in the other tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gemma_grpo.config.schema import LoraSettings
+from gemma_grpo.data.batch import pad_groups
+from gemma_grpo.model.gemma import Gemma
+from gemma_grpo.model.logprobs import completion_logprobs
+from gemma_grpo.model.memory import is_out_of_memory
+from gemma_grpo.model.precision import base_dtype, float32_logits, has_native_bf16, head_gradient
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+CUDA = torch.device("cuda")
+BATCH = pad_groups([[2, *range(150, 162)], [2, 170]], [[[210, 211, 212, 106], [220, 106]], [[106], [230, 231, 106]]])
+TOLERANCE = {"fp32": 1e-3, "fp16_rescaled": 0.02, "bf16": 0.2}
+
+
+def load(folder: Path, device: torch.device, **options: Any) -> Gemma:
+    model = Gemma.load(str(folder), lora=LoraSettings(), device=device, **options)
+    torch.manual_seed(0)
+    for parameter in model.adapter_parameters("policy").values():
+        parameter.data.copy_(0.1 * torch.randn(parameter.shape))
+    model.fit_precision([[2, *range(150, 162)]])
+    return model
+
+
+def measured(model: Gemma) -> tuple[torch.Tensor, torch.Tensor]:
+    with model.role("policy", train=True):
+        logprobs, entropy = completion_logprobs(model, BATCH.to(model.device))
+        gradient = torch.autograd.grad(logprobs.sum() + entropy.sum(), list(model.adapter_parameters("policy").values()))
+    return logprobs.detach().cpu(), torch.cat([part.flatten().cpu() for part in gradient])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16_rescaled", "bf16"])
+def test_a_card_computes_what_the_cpu_does(tiny_model_dir: Path, precision: str) -> None:
+    if precision == "bf16" and not has_native_bf16(CUDA):
+        pytest.skip("this card has no bfloat16 units")
+    expected, gradient = measured(load(tiny_model_dir, torch.device("cpu"), precision="fp32"))
+    # the kernel that every card since sm_50 has
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION]):
+        found, found_gradient = measured(load(tiny_model_dir, CUDA, precision=precision))
+    assert (found - expected).abs().max() < TOLERANCE[precision]
+    assert (found_gradient - gradient).norm() < TOLERANCE[precision] * gradient.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_of_16_bit_numbers_are_summed_and_returned_in_float32(dtype: torch.dtype) -> None:
+    hidden, head = (torch.randn(size, 64, device=CUDA).to(dtype) for size in (8, 512))
+    logits = float32_logits(hidden, head)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, hidden.float() @ head.float().T, rtol=1e-4, atol=1e-4)
+    grad = 1e-9 * torch.randn(8, 512, device=CUDA)
+    torch.testing.assert_close(head_gradient(grad, head), grad @ head.float(), rtol=2e-2, atol=2e-10)
+
+
+def test_precision_auto_follows_the_units_of_the_card() -> None:
+    newer = torch.cuda.get_device_capability() >= (8, 0)
+    assert base_dtype("auto", CUDA) == (torch.bfloat16 if newer else torch.float16)
+
+
+def test_an_allocation_beyond_the_card_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(2**50, dtype=torch.uint8, device=CUDA)
+    assert is_out_of_memory(refused.value)
+
+
+@pytest.mark.parametrize("settings", [{}, {"precision": "fp16_rescaled"}, {"quantization": "nf4"}, {"gradient_checkpointing": True}])
+def test_a_training_runs_to_its_end(train_tiny: Callable[..., Any], settings: dict[str, Any]) -> None:
+    if "quantization" in settings:
+        pytest.importorskip("bitsandbytes", reason="quantization=nf4 needs bitsandbytes")
+    run = train_tiny(**settings)
+    assert all(norm > 0 for norm in run.metrics("grad_norm"))
+    assert max(run.metrics("sampling_gap")) < 0.5
