@@ -174,10 +174,10 @@ def _told_as_access_error(name: str) -> Iterator[None]:
     try:
         yield
     except hub_errors(RuntimeError) as error:  # RuntimeError: what hf_xet raises when a transfer breaks off
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise AccessError(
-                f"the disk of {in_home(cache_dir())} is full: {name} was not downloaded to its end.",
-                "Make room, or set HF_HOME to a folder on a larger disk.",
+                f"{in_home(cache_dir())} takes no more ({os.strerror(error.errno)}): {name} was not downloaded to its end.",
+                "Make room, or set HF_HOME to a folder on a larger disk. What is there already is kept.",
             ) from error
         answer = getattr(error, "response", None)
         problem = None if answer is None else _refusal(name, "model", answer, timeout=10.0)
@@ -234,7 +234,9 @@ def _refusal(name: str, kind: Kind, answer: Any, timeout: float) -> AccessError 
     if status == 429 or status >= 500:
         return _unreachable(name, kind, f"answers HTTP {status}")
     if not _token():
-        return _not_logged_in(name, kind) if code == "GatedRepo" else _unknown(name, kind, "you are not logged in")
+        if code == "GatedRepo":
+            return _not_logged_in(name, kind)
+        return _unknown(name, kind, "you are not logged in") if status in (401, 404) else _other(name, "a visitor", status, message)
     account = _account(timeout)
     if not account.valid:
         return _invalid_token()
@@ -243,9 +245,7 @@ def _refusal(name: str, kind: Kind, answer: Any, timeout: float) -> AccessError 
         return _lacks_scope(name, account)
     if code == "GatedRepo":
         return _not_accepted(name, kind, account, "" if unlisted else message)
-    if status in (401, 404):
-        return _unknown(name, kind, f"{account.user} may not read it")
-    return AccessError(f"the Hub refuses {name} to {account.user} (HTTP {status}). {message}".rstrip())
+    return _unknown(name, kind, f"{account.user} may not read it") if status in (401, 404) else _other(name, account.user, status, message)
 
 
 def _account(timeout: float) -> _Account:
@@ -317,6 +317,10 @@ def _unknown(name: str, kind: Kind, or_private: str) -> AccessError:
         f"{name} is no {here} here and does not exist on the Hub, or is private and {or_private}.{' ' + near.rstrip() if near else ''}",
         f"Check the spelling at {_page(name, kind)}; for a private repository run: hf auth login",
     )
+
+
+def _other(name: str, user: str, status: int, message: str) -> AccessError:
+    return AccessError(f"the Hub refuses {name} to {user} (HTTP {status}). {message}".rstrip())
 
 
 def _offline(name: str, kind: Kind) -> AccessError:

@@ -71,6 +71,11 @@ class Hub:
     tokens: dict[str, Token] = field(default_factory=dict)
     down: bool = False
     """Answer everything with 503."""
+    cut: str = ""
+    """Break the connection in the middle of this file."""
+    forbidden: str = ""
+    """Refuse every repository to everybody with 403 and these words, and this code."""
+    forbidden_code: str = ""
     mirror: bool = False
     """Know no auth-check, as plain mirrors do not."""
     url: str = ""
@@ -160,6 +165,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refusal(self, kind: str, repo: str, token: Token | None) -> _Refusal | None:
         repository = self._repository(kind, repo)
+        if self.hub.forbidden:
+            return _Refusal(403, self.hub.forbidden, self.hub.forbidden_code)
         if repository is None:
             return self._missing(token)
         if not repository.gated:
@@ -183,8 +190,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
+        if self.command == "HEAD":
+            return
+        cut = bool(self.hub.cut) and self.path.endswith(f"/{self.hub.cut}")
+        self.wfile.write(data[: len(data) // 2] if cut else data)
+        self.close_connection |= cut
 
 
 def _etag(data: bytes) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import SECRET, Hub, Machine, Repository, Token, serving
+from hub_server import SECRET, UNLISTED, Hub, Machine, Repository, Token, serving
 
 from gemma_grpo.access import KNOWN_NAMES, AccessError, checkpoint_folder, in_home
 from gemma_grpo.shapes import MINIATURE_DIR
@@ -235,6 +235,24 @@ def test_a_request_that_nobody_has_answered_yet(machine: Access) -> None:
     ]
 
 
+def test_a_licence_is_said_before_the_scope_when_both_are_missing(machine: Access) -> None:
+    machine.hub.tokens[f"{SECRET}fay"] = Token("fay", name="ci", role="fineGrained", reads_gated=False)
+    machine.hub.forbidden = UNLISTED.format(kind="model", repo=GEMMA)
+    machine.hub.forbidden_code = "GatedRepo"
+    first, licence, scope = machine.refusal(GEMMA, who="fay")
+    assert first == f"you are logged in as fay, but fay has not accepted the Gemma license of {GEMMA} yet."
+    assert licence.startswith("Open ")
+    assert scope.startswith('Also give the token "ci" the permission "Read access to contents of all public gated repos')
+
+
+def test_another_refusal_is_passed_on_with_control_characters_spelled_out(machine: Access) -> None:
+    machine.hub.forbidden = "Your organization forbids this\x1b[2J"
+    assert machine.refusal(GEMMA, who="ana") == [
+        f"the Hub refuses {GEMMA} to ana (HTTP 403). Your organization forbids this\\x1b[2J",
+    ]
+    assert machine.refusal("ana/open")[0].startswith("the Hub refuses ana/open to a visitor (HTTP 403). Your organization")
+
+
 # ---- downloads
 
 
@@ -277,6 +295,29 @@ def test_a_repository_of_pickled_weights_is_refused_by_name(machine: Access) -> 
     done = machine.run("-c", "from gemma_grpo.access import checkpoint_folder as f; f('ana/pickled')")
     assert "ValueError: ana/pickled holds no config.json with .safetensors weights, and nothing else is read" in done.stderr
     assert "pytorch_model.bin" not in machine.hub.fetched()
+
+
+def test_a_download_that_breaks_off_says_how_to_go_on(machine: Access) -> None:
+    machine.hub.cut = "model.safetensors"
+    first, step = machine.refusal("ana/open")
+    assert first.startswith("the download of ana/open broke off (")
+    assert step == "Run the same command again: it goes on where it stopped."
+    assert "or not all of it" in machine.refusal("ana/open", HF_HUB_OFFLINE="1")[0]
+    machine.hub.cut = ""
+    assert (machine.folder("ana/open") / "model.safetensors").read_bytes() == (MINIATURE_DIR / "model.safetensors").read_bytes()
+
+
+def test_a_disk_that_takes_no_more_says_what_to_do(machine: Access) -> None:
+    script = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
+        "from gemma_grpo.access import checkpoint_folder\n"
+        "checkpoint_folder('ana/open')\n"
+    )
+    lines = machine.run("-c", script).stderr.splitlines()
+    assert lines[-2:] == [
+        "gemma_grpo.access.AccessError: ~/hf/hub takes no more (File too large): ana/open was not downloaded to its end.",
+        "Make room, or set HF_HOME to a folder on a larger disk. What is there already is kept.",
+    ]
 
 
 # ---- datasets, and the command line

@@ -15,7 +15,8 @@ from hub_server import SECRET, Hub, Machine, Repository, Token, serving
 
 import gemma_grpo
 from gemma_grpo.agreement import Agreement
-from gemma_grpo.diagnosis import Check, Diagnosis, bitsandbytes_check, diagnose, disk_check
+from gemma_grpo.config import load_recipe
+from gemma_grpo.diagnosis import Check, Diagnosis, bitsandbytes_check, diagnose, disk_check, settings_of
 from gemma_grpo.shapes import MINIATURE_DIR
 
 GEMMA = "google/gemma-3-1b-it"
@@ -53,8 +54,10 @@ class Patient(Machine):
 
     def doctor(self, *words: str, who: str = "", **environment: str) -> tuple[int, str]:
         """Exit code and screen, 80 columns wide."""
-        path = {"PATH": f"{self.programs}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(self.packages), "CUDA_VISIBLE_DEVICES": "0"}
-        done = self.run("-m", "gemma_grpo.cli", "doctor", *words, who=who, **{**path, "COLUMNS": "80", **environment})
+        before = {"PATH": self.programs, "PYTHONPATH": self.packages}
+        paths = {name: f"{folder}{os.pathsep}{os.environ.get(name, '')}" for name, folder in before.items()}
+        settings = {**paths, "CUDA_VISIBLE_DEVICES": "0", "COLUMNS": "80", **environment}
+        done = self.run("-m", "gemma_grpo.cli", "doctor", *words, who=who, **settings)
         assert "Traceback" not in done.stderr
         return done.returncode, done.stdout + done.stderr
 
@@ -269,6 +272,7 @@ def test_a_recipe_stands_for_its_model_and_its_mistakes_are_those_of_train(patie
     assert patient.line("fail", "mine.yaml").startswith(f"fail {GEMMA} is gated")
     (patient.home / "wrong.yaml").write_text("lerning_rate: 1\n", encoding="utf-8")
     code, screen = patient.doctor("wrong.yaml")
+    assert settings_of("miniature") == load_recipe("miniature"), "a shipped recipe by its name"
     assert code == 2
     assert "Did you mean 'learning_rate'?" in screen
 
