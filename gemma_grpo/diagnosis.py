@@ -21,6 +21,7 @@ from gemma_grpo.access import access_problem, cache_dir, cached_folder, in_home,
 from gemma_grpo.cards import Card, present_gpu, this_machine
 from gemma_grpo.config import GRPOConfig, load_recipe, printable, shipped_recipes
 from gemma_grpo.data.chat import BOS_ID, END_OF_TURN_ID, EOS_ID, START_OF_TURN_ID, STOP_IDS
+from gemma_grpo.planner.decide import numbers_of
 from gemma_grpo.shapes import MINIATURE, ModelShape, known_shapes, shape_of
 
 GIB = 2**30
@@ -192,24 +193,23 @@ def card_check(gpu: Card | None, card: Card) -> Check:
     return Check("device", "note", f"{text}; `gemma-grpo demo` works here.", facts=asdict(card))
 
 
+_WHY = {
+    "fp32": "training runs on the CPU",
+    "bf16": "the card has bf16 units",
+    "fp16_rescaled": "torch says bf16 works because it emulates it; the card has no bf16 units, and plain fp16 overflows on Gemma 3",
+}
+
+
 def precision_check(config: GRPOConfig, card: Card, gpu: Card | None) -> Check:
     """The number format of the base and why."""
     asked = config.precision
-    if asked == "bf16" and card.kind == "cuda" and not card.native_bf16:
-        what = f"precision is bf16, but the {card.name} has no bf16 units and would emulate them"
-        return Check("precision", "fail", what, ("precision=auto",), {"asked": asked})
-    taken, reason = _format_of(card) if asked == "auto" else (asked, "the recipe says so")
-    text = f"precision={asked} takes {taken}: {reason}"
-    emulates = card.kind == "cuda" and not card.native_bf16
-    return Check("precision", "note" if emulates or (gpu and card.kind == "cpu") else "ok", text, facts={"asked": asked, "taken": taken})
-
-
-def _format_of(card: Card) -> tuple[str, str]:
-    if card.kind == "cpu":
-        return "fp32", "training runs on the CPU"
-    if card.native_bf16:
-        return "bf16", "the card has bf16 units"
-    return "fp16_rescaled", "torch says bf16 works because it emulates it; the card has no bf16 units, and plain fp16 overflows on Gemma 3"
+    try:
+        taken = numbers_of(config, card).kind
+    except ValueError as error:
+        return Check("precision", "fail", str(error).partition(". ")[0], ("precision=auto",), {"asked": asked})
+    text = f"precision={asked} takes {taken}: {_WHY[taken] if asked == 'auto' else 'the recipe says so'}"
+    surprising = taken == "fp16_rescaled" or (gpu is not None and card.kind == "cpu")
+    return Check("precision", "note" if surprising else "ok", text, facts={"asked": asked, "taken": taken})
 
 
 def bitsandbytes_check(quantization: str, found: str) -> Check:

@@ -204,7 +204,7 @@ def test_bf16_asked_of_a_card_that_emulates_it_fails(patient: Patient) -> None:
     patient.cuda_torch()
     (patient.home / "mine.yaml").write_text("model_name: miniature\nprecision: bf16\n", encoding="utf-8")
     failed = patient.line("fail", "mine.yaml")
-    assert failed == "fail precision is bf16, but the Tesla T4 has no bf16 units and would emulate them fix: precision=auto"
+    assert failed == "fail precision is bf16, but Tesla T4 has no bfloat16 units and would emulate them fix: precision=auto"
 
 
 def test_a_gpu_that_torch_cannot_use_is_told(patient: Patient) -> None:
