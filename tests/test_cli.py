@@ -8,12 +8,15 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from gemma_grpo.access import AccessError
 from gemma_grpo.cli import run
 from gemma_grpo.cli.errors import Exit, exit_code, explained
 from gemma_grpo.cli.summary import evaluation_lines, reward_lines, time_line
 from gemma_grpo.config import load_recipe, shipped_recipes
+from gemma_grpo.data.batch import GroupBatch, pad_groups
+from gemma_grpo.model.memory import DoesNotFitError, TokenBudget
 
 ROWS = Path(os.environ.get("HH_RLHF_DIR", "../shared/data/hh-rlhf"))
 real_rows = pytest.mark.skipif(not ROWS.is_dir(), reason="the hh-rlhf rows are not on this machine (HH_RLHF_DIR)")
@@ -175,6 +178,20 @@ def test_an_access_error_ends_with_4_and_is_printed_line_by_line() -> None:
     error = raised(AccessError("google/gemma-3-1b-it is gated.", "1. Open the page.", "2. hf auth login \x1b[2J"))
     assert exit_code(error) == Exit.ACCESS
     assert explained(error) == "error: google/gemma-3-1b-it is gated.\n  1. Open the page.\n  2. hf auth login \\x1b[2J"
+
+
+def test_memory_that_runs_out_ends_with_1_and_says_what_to_lower() -> None:
+    prompts = pad_groups([[2, 5]], [[[6, 7, 8]]])
+
+    def exhausted(piece: GroupBatch) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(DoesNotFitError) as refused:
+        list(TokenBudget(None).run(prompts, exhausted, doing="learning"))
+    assert exit_code(refused.value) == Exit.RUNTIME
+    first, remedy = explained(refused.value).splitlines()
+    assert first.startswith("error: out of memory on cpu while learning: one completion of 3 tokens after a prompt of 2 does not fit")
+    assert remedy.startswith("  Lower max_completion_length or max_prompt_length")
 
 
 def test_anything_unexpected_ends_with_1_and_names_its_type_and_the_way_to_the_trace() -> None:

@@ -55,7 +55,7 @@ def explained(error: BaseException) -> str:
         first, rest = f"{count} {'problem' if count == 1 else 'problems'} in the settings:", [str(problem) for problem in error.problems]
     elif isinstance(error, AccessError):
         first, rest = error.what, list(error.steps)
-    elif isinstance(error, (ValueError, ArithmeticError)) and _raised_here(error):
+    elif (isinstance(error, (ValueError, ArithmeticError)) or "DoesNotFitError" in _names(error)) and _raised_here(error):
         first, rest = _sentences(str(error))
     else:
         first, rest = f"{type(error).__name__}: {error}", [*_place(error), "Run again with --debug for the whole trace."]

@@ -77,9 +77,10 @@ class Gemma:
         device = device or default_device()
         dtype = base_dtype(precision, device)
         quantizer = Quantizer(dtype) if quantization == "nf4" else None
-        folder = checkpoint_folder(name)
-        config = read_text_config(folder)
+        folder = checkpoint_folder(name, weights=False)
+        config = read_text_config(folder)  # before gigabytes of something else are fetched
         check_tokenizer_files(folder)
+        folder = checkpoint_folder(name)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         _check_tokenizer(tokenizer, name)
         base = load_decoder(folder, config, dtype=dtype, device=device, quantizer=quantizer)
