@@ -1,4 +1,4 @@
-"""The shipped recipes: each is planned for the card its header names, with the figure it states, and each gets as far as its first rollout."""
+"""The shipped recipes: each plans to the figure that its header states for a card, and each gets as far as its first rollout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from gemma_grpo.shapes import shape_of
 from .conftest import PAIR_ROWS
 
 REAL = [name for name in shipped_recipes() if name != "miniature"]
-MEMORY = re.compile(r"^# Memory: about ([\d.]+) GiB on ([\w-]+) \(planned, not measured\): `gemma-grpo plan ([\w-]+) --card ([\w-]+)`\.$", re.M)
+MEMORY = re.compile(
+    r"^# Memory: about ([\d.]+) GiB on ([\w-]+) \(planned, not measured\): `gemma-grpo plan ([\w-]+) --card ([\w-]+)`\.$", re.MULTILINE
+)
 
 
 def header(name: str) -> str:

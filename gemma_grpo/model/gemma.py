@@ -76,6 +76,9 @@ class Gemma:
         """
         device = device or default_device()
         dtype = base_dtype(precision, device)
+        if dtype == torch.float16:
+            # torch's default lets a matrix product add up parts of its sums in float16: rounding that nobody asked for
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         quantizer = Quantizer(dtype) if quantization == "nf4" else None
         folder = checkpoint_folder(name, weights=False)
         config = read_text_config(folder)  # before gigabytes of something else are fetched

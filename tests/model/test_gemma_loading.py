@@ -307,6 +307,12 @@ def test_the_embedding_is_scaled_as_training_scaled_it(tmp_path: Path, tokenizer
     torch.testing.assert_close(embedding(torch.tensor(150)).float(), expected, rtol=tolerance, atol=1e-7)
 
 
+def test_float16_sums_are_not_cut_short(tiny_model_dir: Path) -> None:
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True
+    load(tiny_model_dir, precision="fp16_rescaled")
+    assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+
+
 def test_embedding_scales_of_the_five_sizes() -> None:
     scales = [trained_embed_scale(width, torch.bfloat16) for width in (640, 1152, 2560, 3840, 5376)]
     assert scales == [25.25, 34.0, 50.5, 62.0, 73.5]
