@@ -100,8 +100,12 @@ def test_the_embedding_is_as_precision_says(tiny_model_dir: Path, precision: str
     assert (logprobs - exact).abs().mean() < 0.2
 
 
-def test_a_training_on_four_bits_runs_to_its_end(train_tiny: Callable[..., Any]) -> None:
-    run = train_tiny(quantization="nf4", gradient_checkpointing=True)
+MINIATURE = {"model_name": "miniature", "dataset": "miniature", "data.max_prompts": 4, "max_prompt_length": 96}
+
+
+@pytest.mark.parametrize("settings", [{}, MINIATURE], ids=["small", "miniature"])
+def test_a_training_on_four_bits_runs_to_its_end(train_tiny: Callable[..., Any], settings: dict[str, Any]) -> None:
+    run = train_tiny(quantization="nf4", gradient_checkpointing=True, **settings)
     assert {layer.weight.dtype for layer in linears(run.trainer.model).values()} == {torch.uint8}
     assert all(norm > 0 for norm in run.metrics("grad_norm"))
     # sampled and learned with the same rounded weights
