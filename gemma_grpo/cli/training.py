@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gemma_grpo.access import checkpoint_folder
 from gemma_grpo.cli.summary import evaluation_lines, read_calibration, reward_lines
 from gemma_grpo.config import GRPOConfig, load_recipe, parse_overrides, printable
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a name from `gemma-grpo recipes list`.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings on top, such as max_steps=20 kl.beta=0.1.")]
+Force = Annotated[bool, typer.Option("--force", help="Run even if the plan says that it does not fit in memory.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/miniature-1.")]
 
 
@@ -24,25 +26,26 @@ def train(
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check settings, data and model; show the plan; write nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir from its last checkpoint.")] = False,
+    force: Force = False,
 ) -> None:
     """Train a policy: the reward adapter first if there is none, then GRPO, then before and after on held-out prompts."""
     trainer = _trainer(recipe, overrides)
     if dry_run:
-        print("\n".join(plan_lines(trainer.dry_run())))
+        print("\n".join(plan_lines(trainer.dry_run(force=force))))
         return
 
     from gemma_grpo.monitor.report import write_report
 
-    evaluation = trainer.train(resume_from_checkpoint=True if resume else None)
+    evaluation = trainer.train(resume_from_checkpoint=True if resume else None, force=force)
     path = write_report(trainer.run_dir)
     print("\n".join(["", *reward_lines(read_calibration(trainer.run_dir)), *evaluation_lines(evaluation)]))
     print(f"adapter: {trainer.run_dir / 'adapter'}\nreport:  {path}")
 
 
-def train_reward(recipe: Recipe, overrides: Overrides = None) -> None:
+def train_reward(recipe: Recipe, overrides: Overrides = None, force: Force = False) -> None:
     """Train only the reward adapter on the preference pairs, and measure it on held-out ones."""
     trainer = _trainer(recipe, overrides)
-    calibration = trainer.train_reward()
+    calibration = trainer.train_reward(force=force)
     print("\n".join([*reward_lines(calibration), f"reward adapter: {trainer.run_dir / 'reward'}"]))
 
 
@@ -65,7 +68,9 @@ def report(run: Run) -> None:
 def _trainer(recipe: str, overrides: list[str] | None) -> GRPOTrainer:
     """The trainer of a recipe, once the settings are known to be right: their errors must not wait for torch."""
     settings = parse_overrides(overrides or [], recipe)
-    print(update_line(load_recipe(recipe, settings)), flush=True)
+    config = load_recipe(recipe, settings)
+    print(update_line(config), flush=True)
+    checkpoint_folder(config.model_name, weights=False)  # what the Hub refuses must not wait for torch either
 
     from gemma_grpo.grpo.trainer import GRPOTrainer
     from gemma_grpo.monitor.terminal import ProgressView
@@ -82,8 +87,8 @@ def update_line(config: GRPOConfig) -> str:
 
 
 def plan_lines(plan: Mapping[str, Any]) -> list[str]:
-    """What a dry run found: steps, counts, rewards, and its first prompts as the model reads them."""
-    lines = [f"{plan['steps']} steps", *(f"{name}: {value}" for name, value in plan["counts"].items())]
+    """What a dry run found: memory, steps, counts, rewards, and its first prompts as the model reads them."""
+    lines = [str(plan["plan"]), "", f"{plan['steps']} steps", *(f"{name}: {value}" for name, value in plan["counts"].items())]
     lines.append("rewards: " + ", ".join(f"{name} x {weight:g}" for name, weight in plan["rewards"].items()))
     for prompt in plan["prompts"]:
         lines.append(f"prompt {prompt.prompt_id}, {len(prompt.token_ids)} tokens:")

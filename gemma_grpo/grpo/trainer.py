@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,17 @@ from gemma_grpo.data.hh_rlhf import LoadedPairs
 from gemma_grpo.data.prompts import order
 from gemma_grpo.data.sources import DataError
 from gemma_grpo.grpo.assess import evaluate_policy, train_and_measure_reward
+from gemma_grpo.grpo.preflight import hold_to_limit, plan_here, refuse_unless_it_fits
 from gemma_grpo.grpo.setup import TRAINED, Rows, build_reward_stack, build_training_data, gold_margin, known_gold, load_rows, reward_weights
 from gemma_grpo.grpo.step import Stepper
 from gemma_grpo.grpo.update import PolicyUpdater
 from gemma_grpo.model.gemma import Gemma
-from gemma_grpo.model.memory import TokenBudget
+from gemma_grpo.model.memory import TokenBudget, release
 from gemma_grpo.monitor.events import RunDirectory, next_run_path
 from gemma_grpo.monitor.terminal import ProgressView
+from gemma_grpo.planner import Plan
 from gemma_grpo.rollout.local import LocalEngine
+from gemma_grpo.shapes import known_shapes
 from gemma_grpo.types import Prompt, StepRecord
 
 GIVEN_ROWS = "rows given in Python"
@@ -66,7 +70,7 @@ class GRPOTrainer:
         run = RunDirectory.open(run_dir)
         trainer = cls.from_recipe(run.recipe, {"output_dir": str(run_dir)}, view=view)
         trainer._run = run
-        trainer._prepare()
+        trainer._prepare(force=True)  # what it trained with need not fit where it is only used
         trainer.model.load_adapter("policy", run.adapter)
         trainer._load_reward()
         trainer._build_rewards()
@@ -85,12 +89,19 @@ class GRPOTrainer:
 
     # ---- what a user calls
 
-    def train(self, resume_from_checkpoint: bool | None = None) -> dict[str, Any]:
+    def plan(self) -> Plan:
+        """What this run will hold in memory, phase by phase, and whether it fits here; loads no model. `print(trainer.plan())`."""
+        rewards = {*(() if self._function else self.weights), *((TRAINED,) if self._for_reward_alone else ())}
+        recorded = {} if self._run is None else self._run.read_run().get("plan", {})
+        return replace(plan_here(self.config, rewards, recorded), num_prompts=len(self.data.prompts) if self._prepared else None)
+
+    def train(self, resume_from_checkpoint: bool | None = None, *, force: bool = False) -> dict[str, Any]:
         """The whole road: reward adapter (when the reward is the trained judge), GRPO, evaluation. Returns the evaluation.
 
-        With resume_from_checkpoint the run in output_dir goes on after its newest checkpoint.
+        With resume_from_checkpoint the run in output_dir goes on after its newest checkpoint. Raises PreflightError, before
+        anything is loaded, when the plan does not fit; `force` runs all the same.
         """
-        with self._running(resume=bool(resume_from_checkpoint)):
+        with self._running(resume=bool(resume_from_checkpoint), force=force):
             checkpoint = self._checkpoint_to_go_on_from() if resume_from_checkpoint else None
             if checkpoint is not None:
                 self._load_reward()
@@ -103,10 +114,10 @@ class GRPOTrainer:
             self.save_model(self.run.adapter)
             return self.evaluate()
 
-    def train_reward(self) -> dict[str, Any]:
+    def train_reward(self, *, force: bool = False) -> dict[str, Any]:
         """Only the reward adapter: trained on the pairs, measured on held-out ones, written to the run's reward folder."""
         self._for_reward_alone = True
-        with self._running(resume=False):
+        with self._running(resume=False, force=force):
             return self._train_reward()
 
     def evaluate(self) -> dict[str, Any]:
@@ -126,11 +137,11 @@ class GRPOTrainer:
             self.model.save_adapter("policy", Path(folder))
         return Path(folder)
 
-    def dry_run(self) -> dict[str, Any]:
-        """Everything up to the first rollout: data, model, rewards on canned replies. Writes nothing."""
-        self._prepare()
-        prompts = self._prompts_of_step(0)[:2]
-        return {"steps": self.total_steps, "counts": dict(self.data.counts), "rewards": dict(self.weights), "prompts": prompts}
+    def dry_run(self, *, force: bool = False) -> dict[str, Any]:
+        """Everything up to the first rollout: memory, data, model. Writes nothing. Raises PreflightError as `train` does."""
+        self._prepare(force=force)
+        prompts, counts = self._prompts_of_step(0)[:2], dict(self.data.counts)
+        return {"plan": self.plan(), "steps": self.total_steps, "counts": counts, "rewards": dict(self.weights), "prompts": prompts}
 
     @property
     def run(self) -> RunDirectory:
@@ -146,6 +157,7 @@ class GRPOTrainer:
 
     def _loop(self) -> None:
         self.view.phase("training", self._product())
+        self._retries = self.model.budget.halvings
         while self.step < self.total_steps:
             record, scored = self.stepper.train_step(self._prompts_of_step(self.step), self.step)
             self.step += 1
@@ -171,6 +183,12 @@ class GRPOTrainer:
             )
         if record.metrics["passes"] < self.config.planning_steps:
             self._warn(f"step {record.step}: kl.step_limit was reached after {record.metrics['passes']:.0f} planning steps.")
+        if record.metrics["oom_retries"] > self._retries:
+            self._retries, budget = int(record.metrics["oom_retries"]), self.model.budget.tokens
+            self._warn(
+                f"step {record.step}: memory ran out, and the pass was repeated in smaller pieces, to the same gradient. "
+                f"memory.token_budget={budget} in the recipe skips the attempt next time."
+            )
 
     def _warn(self, text: str) -> None:
         self.run.event("warn", text=text)
@@ -179,12 +197,12 @@ class GRPOTrainer:
     # ---- before and after the loop
 
     @contextmanager
-    def _running(self, *, resume: bool) -> Iterator[None]:
+    def _running(self, *, resume: bool, force: bool) -> Iterator[None]:
         """Everything a run needs, in the order in which it can fail cheaply; the outcome in run.json whatever happens."""
         if self._run is None:
-            self._open_run(resume=resume)
+            self._open_run(resume=resume, force=force)
         try:
-            self._prepare()
+            self._prepare(force=force)
             self.run.event("start", resume=resume)
             yield
         except BaseException as error:
@@ -200,8 +218,11 @@ class GRPOTrainer:
             self.view.close()
             self.run.close()
 
-    def _open_run(self, *, resume: bool) -> None:
+    def _open_run(self, *, resume: bool, force: bool) -> None:
         config = self.config
+        if not resume and config.model_name in known_shapes():
+            # a released model's size is known without asking anybody: what does not fit need not download its rows
+            refuse_unless_it_fits(self.plan(), force=force)
         self._rows = load_rows(self._dataset, config.data.source)
         if resume:
             if config.output_dir is None:
@@ -212,7 +233,7 @@ class GRPOTrainer:
         stem = f"{config.model_name.rstrip('/').rpartition('/')[2]}-{Path(config.dataset).name.partition('.')[0]}"
         path = Path(config.output_dir) if config.output_dir else next_run_path("runs", stem)
         RunDirectory.check(path)
-        self._prepare()
+        self._prepare(force=force)
         info = {
             "status": "running",
             "started": time.time(),
@@ -222,6 +243,7 @@ class GRPOTrainer:
             "versions": {name: version(name) for name in ("gemma-grpo", "torch", "transformers", "peft")},
             "completions_per_update": config.completions_per_step,
             "precision": self.precision,
+            "plan": self.plan().to_dict(),
         }
         self._run = RunDirectory.create(path, dump_recipe(config), info, needed_bytes=self._bytes_to_write())
 
@@ -231,22 +253,25 @@ class GRPOTrainer:
         every = 0 if self._for_reward_alone else self.config.save_steps
         return adapter * (3 * (self.total_steps // every if every else 0) + 5)
 
-    def _prepare(self) -> None:
-        """Load the model, tokenise the data, lay out the steps; once."""
+    def _prepare(self, *, force: bool) -> None:
+        """Plan the memory, load the model, tokenise the data, lay out the steps; once."""
         if self._prepared:
             return
         config = self.config
         rows = getattr(self, "_rows", None) or load_rows(self._dataset, config.data.source)
         self._check_reward_can_be_had(rows)
+        plan = self.plan()
+        refuse_unless_it_fits(plan, force=force)
+        self.view.note(plan.summary)
+        hold_to_limit(config)
         self.view.phase("loading", config.model_name)
         self.model = Gemma.load(
             config.model_name, lora=config.lora, precision=config.precision, quantization=config.quantization, seed=config.seed
         )
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
-        full_group = config.max_prompt_length + config.num_generations * config.max_completion_length
-        self.model.budget = TokenBudget(config.memory.token_budget or config.batch_size * full_group)
-        self.engine = LocalEngine(self.model, config.memory.kv_token_budget)
+        self.model.budget = TokenBudget(plan.token_budget)
+        self.engine = LocalEngine(self.model, plan.kv_token_budget)
         self.data = build_training_data(rows, self.model, config)
         # a run that goes on keeps the divisor it began with, whatever its first prompts would say now
         recorded = {} if self._run is None else self._run.read_run().get("precision", {})
@@ -308,6 +333,7 @@ class GRPOTrainer:
             gold=gold_margin(self._dataset),
             progress=self._reward_progress,
         )
+        release(self.model.device)
         with saving(self.run.reward):
             self.model.save_adapter("reward", self.run.reward)
         self.run.write_json("reward/calibration.json", self._calibration)

@@ -120,14 +120,14 @@ class Run:
     def reference(self, tokens: int) -> Phase:
         """Log-probabilities with the adapters off, without gradients."""
         piece = self._pass(tokens)
-        head = {ACTIVATIONS: self._after_layers(piece), LOGITS: self._logits(terms.FORWARD_LOGITS, piece)}
+        head = {ACTIVATIONS: self._after_layers(piece), LOGITS: terms.forward_logits(self.shape, self.numbers, piece.completion_tokens)}
         return self._phase("reference", terms.ADAPTER_COPIES, self._forward(piece), head)
 
     def update(self, tokens: int) -> Phase:
         """Forward and backward through the policy, beside what the updater keeps to take a step back."""
         piece = self._pass(tokens)
-        held = self._kept_by_layers(piece)
-        head = {ACTIVATIONS: held + self._after_layers(piece), LOGITS: self._logits(terms.BACKWARD_LOGITS, piece)}
+        logits = terms.backward_logits(self.shape, self.numbers, piece.completion_tokens)
+        head = {ACTIVATIONS: self._kept_by_layers(piece) + self._after_layers(piece), LOGITS: logits}
         return self._phase("update", terms.ADAPTER_COPIES + terms.UPDATE_COPIES, *self._backward(piece), head)
 
     def reward_training(self, tokens: int) -> Phase:
@@ -143,7 +143,7 @@ class Run:
         fixed = {
             BASE: terms.base_weights(self.shape, self.numbers),
             ADAPTERS: terms.adapters(self.shape, self.config.lora, copies),
-            PROGRAM: terms.CUDA_CONTEXT if self.numbers.on_cuda else terms.CPU_PROGRAM,
+            PROGRAM: terms.program(self.shape, self.numbers),
         }
         largest = max(stages, key=lambda stage: sum(stage.values()))
         held = {part: round(fixed.get(part, 0) + largest.get(part, 0)) for part in PARTS}
@@ -162,7 +162,7 @@ class Run:
         prefill = self._forward(Pass(part.prompts, config.max_prompt_length, 0, config.max_completion_length))
         scores = terms.decode_scores(shape, rows, config.max_prompt_length + config.max_completion_length)
         repacked = 2 * part.prompt_tokens * shape.kv_width * numbers.bytes  # prompt keys and values in the order of a matrix product
-        draw = {LOGITS: terms.sampling(shape, config.sampling, rows)}
+        draw = {LOGITS: terms.sampling(shape, config.sampling, numbers, rows)}
         decode = {ACTIVATIONS: scores + repacked + terms.nf4_workspace(shape, numbers)}
         return [
             {**self._kv(part.prompt_tokens), **prefill},
@@ -184,9 +184,6 @@ class Run:
 
     def _after_layers(self, piece: Pass) -> float:
         return terms.last_hidden(self.shape, self.numbers, piece) + terms.rotary(self.shape, self.numbers, piece.tokens)
-
-    def _logits(self, copies: int, piece: Pass) -> float:
-        return terms.logits(self.shape, self.numbers, copies, piece.completion_tokens)
 
     def _saved(self, piece: Pass, *, layer_input: bool) -> tuple[float, float]:
         """What one layer keeps: its attention, and the rest."""

@@ -78,6 +78,19 @@ class Plan:
             f"{self.token_budget} tokens a pass, {self.kv_token_budget} tokens of keys and values; {self.precision} on {self.card.name}"
         )
 
+    @property
+    def refusal(self) -> str:
+        """Why a run is refused and what would help, one sentence first; empty for a plan that fits."""
+        if self.fits:
+            return ""
+        above = self.peak.total - self.limit_bytes
+        first = (
+            f"about {_gib(self.peak.total)} GiB are needed in {self.peak.name}, {_gib(above)} GiB above the limit of "
+            f"{_gib(self.limit_bytes)} GiB on {self.card.name}."
+        )
+        last = "`gemma-grpo plan` shows the whole plan; --force (in Python force=True) runs all the same."
+        return "\n".join([first, *_suggestion_lines(self.suggestions), last])
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values, sizes in bytes."""
         return {
@@ -127,8 +140,8 @@ class Plan:
         else:
             lines = [f"DOES NOT FIT: about {_gib(peak.total)} GiB in {peak.name}, {_gib(peak.total - limit)} GiB above the limit"]
             lines += _suggestion_lines(self.suggestions)
-        share = "which does not fit" if self.two_copies_bytes > limit else "which would fit"
-        copies = f"two whole copies would take {_gib(self.two_copies_bytes)} GiB before the first token, {share}"
+        share = "does not fit" if self.two_copies_bytes > limit else "would fit"
+        copies = f"two whole copies would take {_gib(self.two_copies_bytes)} GiB before the first token: {share}"
         return [*lines, "one base serves as policy, reference and reward;", f"  {copies}"]
 
     def _counts(self) -> list[str]:
@@ -149,9 +162,9 @@ class Plan:
 
 def _suggestion_lines(suggestions: Sequence[Suggestion]) -> list[str]:
     if not suggestions:
-        return ["nothing in these settings would make it fit."]
+        return ["Nothing in these settings would make it fit."]
     width = max(len(suggestion.change) for suggestion in suggestions)
-    lines = ["what would help, the most effective first:"]
+    lines = ["What would help, the most effective first:"]
     for suggestion in suggestions:
         saved = f"saves {_gib(suggestion.saves_bytes)} GiB" if suggestion.saves_bytes else ""
         enough = "enough by itself" if suggestion.fits else "not enough alone"

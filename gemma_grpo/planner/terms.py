@@ -18,12 +18,14 @@ Number = Literal["fp32", "bf16", "fp16_rescaled"]
 
 LOGITS_CHUNK = 256
 """model/logprobs.py makes the logits of so many tokens at a time."""
-FORWARD_LOGITS, BACKWARD_LOGITS = 4, 6
-"""Chunks of float32 logits that live at once: forward logits, logp, its exponential and their product; backward six."""
+FORWARD_LOGITS = 4
+"""Chunks of float32 logits that live at once going forward: logits, logp, its exponential and their product."""
+FIRST_BACKWARD_LOGITS, KEPT_BACKWARD_LOGITS = 5, 3
+"""And backward: logp, p and three on the way to the gradient; from the second chunk on, three of the one before are still there."""
 SAMPLING_COPIES = 6
 """[rows, vocabulary] float32 tensors in one sampling step: logits, log-probabilities, and two of float64, each worth two."""
-TOP_K_COPIES, TOP_P_COPIES = 6, 10
-"""With filters: a mask and a second normalisation; top-p sorts, and an index is worth two."""
+TOP_K_COPIES, TOP_P_COPIES, CUDA_SORT_COPIES = 6, 8, 4
+"""With filters: a mask and a second normalisation; top-p sorts, and an index is worth two. The sort's workspace on CUDA is not measured."""
 READING_BYTES = 64 * MIB
 """Loading reads a tensor in pieces of 16 MiB; a piece is there as stored, converted, checked and in the file's pages."""
 ADAPTER_COPIES = 2 + 2
@@ -34,8 +36,8 @@ REWARD_TRAINING_COPIES = 2 + 2 + 2
 """Numbers per adapter number while the reward adapter is trained: both adapters, gradient and a piece's share, two moments."""
 CUDA_CONTEXT = round(0.45 * GIB)
 """Context, cuBLAS workspaces and the allocator's rounding."""
-CPU_PROGRAM = round(0.75 * GIB)
-"""Interpreter, torch, transformers and a tokenizer of 262,144 words, resident."""
+CPU_PROGRAM, TOKENIZER_WORD = round(0.5 * GIB), 1024
+"""Interpreter, torch and transformers, resident (measured 0.45 to 0.52 GiB), and for each word of the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,11 @@ def kv_cache(shape: ModelShape, numbers: Numbers, tokens: float) -> tuple[float,
     return each * shape.num_sliding_layers, each * shape.num_global_layers
 
 
-def sampling(shape: ModelShape, settings: SamplingSettings, rows: float) -> float:
+def sampling(shape: ModelShape, settings: SamplingSettings, numbers: Numbers, rows: float) -> float:
     """Drawing one token for each row: copies of the float32 distribution over the vocabulary."""
-    copies = TOP_P_COPIES if settings.top_p < 1 else TOP_K_COPIES if settings.top_k else SAMPLING_COPIES
+    copies = TOP_K_COPIES if settings.top_k else SAMPLING_COPIES
+    if settings.top_p < 1:
+        copies = TOP_P_COPIES + (CUDA_SORT_COPIES if numbers.on_cuda else 0)
     return copies * rows * shape.vocab_size * 4
 
 
@@ -127,13 +131,30 @@ def decode_scores(shape: ModelShape, rows: float, length: int) -> float:
     return 4 * 4 * rows * shape.num_heads * length
 
 
-def logits(shape: ModelShape, numbers: Numbers, copies: int, completion_tokens: float) -> float:
-    """Chunks of float32 logits; 16-bit weights on a CPU are multiplied as a float32 copy of the whole head, with two chunks less."""
+def forward_logits(shape: ModelShape, numbers: Numbers, completion_tokens: float) -> float:
+    """Chunks of float32 logits while log-probabilities are computed."""
     chunk = min(LOGITS_CHUNK, completion_tokens) * shape.vocab_size * 4
-    held = copies * chunk
-    if numbers.bytes == 2 and not numbers.on_cuda:
-        return max(held, (copies - 2) * chunk + 4 * shape.embedding_parameters)
-    return held
+    return max(FORWARD_LOGITS * chunk, 2 * chunk + _head_copy(shape, numbers))
+
+
+def backward_logits(shape: ModelShape, numbers: Numbers, completion_tokens: float) -> float:
+    """Chunks of float32 logits while their gradient is computed: the first one, or a later one beside what is left of it."""
+    token = shape.vocab_size * 4
+    first = min(LOGITS_CHUNK, completion_tokens)
+    second = min(LOGITS_CHUNK, completion_tokens - first)
+    held = token * max(FIRST_BACKWARD_LOGITS * first, KEPT_BACKWARD_LOGITS * (first + second))
+    head = _head_copy(shape, numbers)
+    return max(held, 5.5 * token * first + head) if head else held  # its gradient too is made float32 again
+
+
+def _head_copy(shape: ModelShape, numbers: Numbers) -> float:
+    """16-bit weights on a CPU are multiplied as a float32 copy of the whole head."""
+    return 4 * shape.embedding_parameters if numbers.bytes == 2 and not numbers.on_cuda else 0
+
+
+def program(shape: ModelShape, numbers: Numbers) -> float:
+    """What is held before anything is loaded: on a GPU its context, on a CPU the process itself."""
+    return CUDA_CONTEXT if numbers.on_cuda else CPU_PROGRAM + TOKENIZER_WORD * shape.vocab_size
 
 
 def rotary(shape: ModelShape, numbers: Numbers, tokens: float) -> float:

@@ -156,6 +156,7 @@ CHANGES: dict[str, Change] = {
     "reward_model.centering": Change(1.0, reward_weights, GENERATIVE),
     "reward_model.label_smoothing": Change(0.3, reward_weights, GENERATIVE),
     "reward_model.shaping": Change("none", completion("reward"), GENERATIVE),
+    "memory.limit_gib": Change(1.5, lambda run: run.json("run.json")["plan"]["limit_bytes"]),
     "memory.token_budget": Change(1, None),
     "memory.kv_token_budget": Change(40, None),
     "data.source": Change("elsewhere", sources),

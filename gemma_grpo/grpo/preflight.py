@@ -1,0 +1,53 @@
+"""Before a run loads anything: the card it will use, its plan, and the refusal when that does not fit.
+
+What a run holds is worked out in planner; this file asks torch which device the process has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+
+from gemma_grpo.cards import GIB, Card, this_machine
+from gemma_grpo.config import GRPOConfig
+from gemma_grpo.model.precision import default_device, has_native_bf16
+from gemma_grpo.planner import Plan, PreflightError, find_shape, plan_run
+
+
+def running_card() -> Card:
+    """The card of this process as torch sees it, or the machine where there is none."""
+    device = default_device()
+    if device.type != "cuda":
+        return this_machine()
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    return Card(properties.name, "cuda", properties.total_memory, has_native_bf16(device), capability=capability)
+
+
+def plan_here(config: GRPOConfig, rewards: Collection[str], recorded: Mapping[str, Any]) -> Plan:
+    """The plan of a run on this process's card; loads nothing. `recorded` is the plan a run began with, empty for a new one."""
+    shape, card = find_shape(config.model_name), running_card()
+    if {"token_budget", "kv_token_budget"} <= recorded.keys():
+        # the same budgets cut the same pieces, whose sums round alike: a resumed run keeps them where they still fit
+        budgets = {name: getattr(config.memory, name) or recorded[name] for name in ("token_budget", "kv_token_budget")}
+        kept = config.model_copy(update={"memory": config.memory.model_copy(update=budgets)})
+        plan = plan_run(kept, shape, card, rewards=rewards)
+        if plan.fits:
+            return plan
+    return plan_run(config, shape, card, rewards=rewards)
+
+
+def refuse_unless_it_fits(plan: Plan, *, force: bool) -> None:
+    """Raise PreflightError, with what would help, for a plan that does not fit; with `force` never."""
+    if not plan.fits and not force:
+        raise PreflightError(plan.refusal)
+
+
+def hold_to_limit(config: GRPOConfig) -> None:
+    """Make torch keep memory.limit_gib on a GPU: what would need more then runs out of memory, as on a smaller card."""
+    device, limit = default_device(), config.memory.limit_gib
+    if device.type == "cuda" and limit is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit * GIB / total), device)
