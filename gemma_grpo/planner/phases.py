@@ -127,7 +127,10 @@ class Run:
         """Forward and backward through the policy, beside what the updater keeps to take a step back."""
         piece = self._pass(tokens)
         logits = terms.backward_logits(self.shape, self.numbers, piece.completion_tokens)
-        head = {ACTIVATIONS: self._kept_by_layers(piece) + self._after_layers(piece), LOGITS: logits}
+        beside = self._after_layers(piece)
+        if self.config.gradient_checkpointing:  # without it all layers' tensors are there anyway
+            beside = max(beside, terms.kept_by_c_library(self.shape, self.config.lora, self.numbers, piece))
+        head = {ACTIVATIONS: self._kept_by_layers(piece) + beside, LOGITS: logits}
         return self._phase("update", terms.ADAPTER_COPIES + terms.UPDATE_COPIES, *self._backward(piece), head)
 
     def reward_training(self, tokens: int) -> Phase:

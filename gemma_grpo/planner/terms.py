@@ -36,6 +36,8 @@ REWARD_TRAINING_COPIES = 2 + 2 + 2
 """Numbers per adapter number while the reward adapter is trained: both adapters, gradient and a piece's share, two moments."""
 CUDA_CONTEXT = round(0.45 * GIB)
 """Context, cuBLAS workspaces and the allocator's rounding."""
+HEAP_BLOCK = 32 * MIB
+"""glibc hands larger blocks back at once (DEFAULT_MMAP_THRESHOLD_MAX)."""
 CPU_PROGRAM, TOKENIZER_WORD = round(0.5 * GIB), 1024
 """Interpreter, torch and transformers, resident (measured 0.45 to 0.52 GiB), and for each word of the vocabulary."""
 
@@ -95,6 +97,20 @@ class Pass:
     def mask_entries(self) -> float:
         """Pairs of query and key in both attention masks: N P P + N G C (P + C)."""
         return self.prompt_tokens * self.prompt_length + self.completion_tokens * (self.prompt_length + self.completion_length)
+
+
+def kept_by_c_library(shape: ModelShape, lora: LoraSettings, numbers: Numbers, piece: Pass) -> float:
+    """On a CPU, what glibc keeps of a layer's backward pass until its phase ends: freed blocks below 32 MiB (measured).
+
+    Logits larger than that are blocks of their own and come on top in the next pass; smaller ones are put where those were. On a GPU
+    such blocks are given back when they are needed.
+    """
+    if numbers.on_cuda or min(LOGITS_CHUNK, piece.completion_tokens) * shape.vocab_size * 4 < HEAP_BLOCK:
+        return 0
+    kept = saved_attention(shape, lora, numbers, piece) + saved_norms(shape, numbers, piece, layer_input=False)
+    if piece.tokens * shape.intermediate_size * numbers.bytes < HEAP_BLOCK:
+        kept += saved_mlp(shape, lora, numbers, piece) + mlp_backward(shape, lora, numbers, piece)
+    return kept
 
 
 def base_weights(shape: ModelShape, numbers: Numbers) -> float:
