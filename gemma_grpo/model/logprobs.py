@@ -61,12 +61,14 @@ class _SelectedLogprobs(torch.autograd.Function):
         logprobs, entropies, normalisers = [], [], []
         for start in range(0, len(hidden), CHUNK_TOKENS):
             piece = slice(start, start + CHUNK_TOKENS)
-            logits = float32_logits(hidden[piece], head_weight) / temperature
-            normaliser = logits.logsumexp(-1)
-            logp = logits - normaliser[:, None]
+            # in place, here and below: each copy of a chunk is 256 MiB, and two are there at once
+            logp = float32_logits(hidden[piece], head_weight).div_(temperature)
+            normaliser = logp.logsumexp(-1)
+            logp.sub_(normaliser[:, None])
             logprobs.append(logp.gather(-1, targets[piece, None])[:, 0])
-            entropies.append(-(logp.exp() * logp).sum(-1))
+            entropies.append(-logp.exp().mul_(logp).sum(-1))
             normalisers.append(normaliser)
+            del logp  # before the next chunk's logits are made
         empty = hidden.new_zeros(0, dtype=torch.float32)
         entropy, normaliser = torch.cat([empty, *entropies]), torch.cat([empty, *normalisers])
         ctx.save_for_backward(hidden, head_weight, targets, normaliser, entropy)
@@ -81,9 +83,11 @@ class _SelectedLogprobs(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden)
         for start in range(0, len(hidden), CHUNK_TOKENS):
             piece = slice(start, start + CHUNK_TOKENS)
-            logp = float32_logits(hidden[piece], head_weight) / ctx.temperature - normaliser[piece, None]
+            logp = float32_logits(hidden[piece], head_weight).div_(ctx.temperature).sub_(normaliser[piece, None])
             p = logp.exp()
-            logits_grad = -p * (logprob_grad[piece, None] + entropy_grad[piece, None] * (logp + entropy[piece, None]))
+            logits_grad = logp.add_(entropy[piece, None]).mul_(entropy_grad[piece, None]).add_(logprob_grad[piece, None]).mul_(p).neg_()
+            del p, logp
             logits_grad.scatter_add_(-1, targets[piece, None], logprob_grad[piece, None])
-            hidden_grad[piece] = head_gradient(logits_grad / ctx.temperature, head_weight).to(hidden.dtype)
+            hidden_grad[piece] = head_gradient(logits_grad.div_(ctx.temperature), head_weight).to(hidden.dtype)
+            del logits_grad
         return hidden_grad, None, None, None

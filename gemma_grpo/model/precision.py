@@ -184,15 +184,16 @@ def float32_logits(hidden: Float[Tensor, "T D"], head_weight: Float[Tensor, "V D
 
 
 def head_gradient(logits_grad: Float[Tensor, "T V"], head_weight: Float[Tensor, "V D"]) -> Float[Tensor, "T D"]:
-    """logits_grad @ head, float32, by a product in the head's dtype.
+    """logits_grad @ head, float32, by a product in the head's dtype. logits_grad is overwritten: a copy of a chunk is 256 MiB.
 
     A token's share of a gradient over 262,144 words lies below float16's smallest number: it is moved up by a power of two first.
     """
     if head_weight.dtype == torch.float32:
         return logits_grad @ head_weight
     # frexp keeps the exponent on the device: no wait for it
-    shift = _LARGEST_FINITE_SHIFT - torch.frexp(logits_grad.abs().amax()).exponent
-    moved = torch.ldexp(logits_grad, shift).to(head_weight.dtype)
+    low, high = torch.aminmax(logits_grad)
+    shift = _LARGEST_FINITE_SHIFT - torch.frexp(torch.maximum(-low, high)).exponent
+    moved = logits_grad.ldexp_(shift).to(head_weight.dtype)
     return torch.ldexp(_float32_product(moved, head_weight), -shift)
 
 

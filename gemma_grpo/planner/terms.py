@@ -18,10 +18,8 @@ Number = Literal["fp32", "bf16", "fp16_rescaled"]
 
 LOGITS_CHUNK = 256
 """model/logprobs.py makes the logits of so many tokens at a time."""
-FORWARD_LOGITS = 4
-"""Chunks of float32 logits that live at once going forward: logits, logp, its exponential and their product."""
-FIRST_BACKWARD_LOGITS, KEPT_BACKWARD_LOGITS = 5, 3
-"""And backward: logp, p and three on the way to the gradient; from the second chunk on, three of the one before are still there."""
+LOGITS_COPIES = 2
+"""Chunks of float32 logits that live at once, forward and backward: log-probabilities and their exponential."""
 SAMPLING_COPIES = 6
 """[rows, vocabulary] float32 tensors in one sampling step: logits, log-probabilities, and two of float64, each worth two."""
 TOP_K_COPIES, TOP_P_COPIES, CUDA_SORT_COPIES = 6, 8, 4
@@ -150,17 +148,14 @@ def decode_scores(shape: ModelShape, rows: float, length: int) -> float:
 def forward_logits(shape: ModelShape, numbers: Numbers, completion_tokens: float) -> float:
     """Chunks of float32 logits while log-probabilities are computed."""
     chunk = min(LOGITS_CHUNK, completion_tokens) * shape.vocab_size * 4
-    return max(FORWARD_LOGITS * chunk, 2 * chunk + _head_copy(shape, numbers))
+    return max(LOGITS_COPIES * chunk, chunk + _head_copy(shape, numbers))
 
 
 def backward_logits(shape: ModelShape, numbers: Numbers, completion_tokens: float) -> float:
-    """Chunks of float32 logits while their gradient is computed: the first one, or a later one beside what is left of it."""
-    token = shape.vocab_size * 4
-    first = min(LOGITS_CHUNK, completion_tokens)
-    second = min(LOGITS_CHUNK, completion_tokens - first)
-    held = token * max(FIRST_BACKWARD_LOGITS * first, KEPT_BACKWARD_LOGITS * (first + second))
+    """Chunks of float32 logits while their gradient is computed."""
+    chunk = min(LOGITS_CHUNK, completion_tokens) * shape.vocab_size * 4
     head = _head_copy(shape, numbers)
-    return max(held, 5.5 * token * first + head) if head else held  # its gradient too is made float32 again
+    return max(LOGITS_COPIES * chunk, 2.5 * chunk + head) if head else LOGITS_COPIES * chunk  # in 16 bits, and float32 again
 
 
 def _head_copy(shape: ModelShape, numbers: Numbers) -> float:
