@@ -59,7 +59,8 @@ def test_products_of_16_bit_numbers_are_summed_and_returned_in_float32(dtype: to
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, hidden.float() @ head.float().T, rtol=1e-4, atol=1e-4)
     grad = 1e-9 * torch.randn(8, 512, device=CUDA)
-    torch.testing.assert_close(head_gradient(grad, head), grad @ head.float(), rtol=2e-2, atol=2e-10)
+    expected = grad @ head.float()
+    torch.testing.assert_close(head_gradient(grad, head), expected, rtol=2e-2, atol=2e-10)
 
 
 def test_precision_auto_follows_the_units_of_the_card() -> None:

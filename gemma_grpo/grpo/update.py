@@ -60,6 +60,7 @@ class PolicyUpdater:
         Raises FloatingPointError, with nothing updated, when a loss or a gradient is not finite.
         """
         self._seed_dropout(step)
+        self.loss_scale.relax()
         first: dict[str, float] = {}
         sums: dict[str, float] = {}
         norm, kl_step, passes, taken, start = 0.0, 0.0, 0, None, None
@@ -93,6 +94,7 @@ class PolicyUpdater:
             "learning_rate": 0.0 if taken is None else taken[2],
             "rollbacks": float(self.limit.rollbacks),
             "oom_retries": float(self.model.budget.halvings),
+            **({"overflow_retries": float(self.loss_scale.retries)} if self.loss_scale.active else {}),
             **({} if self.model.budget.tokens is None else {"token_budget": float(self.model.budget.tokens)}),
         }
 
@@ -284,7 +286,9 @@ class PolicyUpdater:
         """Continue from what state() gave."""
         for full_name, value in tensors.items():
             name, _, key = full_name.rpartition("/")
-            self.optimizer.state[self.parameters[name]][key] = value.clone()
+            # AdamW keeps its count of updates on the CPU, its moments where the weights are
+            place = value.device if key == "step" else self.parameters[name].device
+            self.optimizer.state[self.parameters[name]][key] = value.to(place, copy=True)
         for name, controller in self._controllers().items():
             controller.load(controllers[name])
 

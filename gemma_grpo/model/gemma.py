@@ -26,9 +26,11 @@ from gemma_grpo.data.batch import pad_groups
 from gemma_grpo.data.chat import BOS_ID, END_OF_TURN_ID, START_OF_TURN_ID
 from gemma_grpo.model.attention import ATTENTION_NAME, GroupLayout, Layout
 from gemma_grpo.model.loading import check_tokenizer_files, load_decoder, read_text_config
-from gemma_grpo.model.memory import TokenBudget
+from gemma_grpo.model.memory import TokenBudget, explaining_exhaustion
 from gemma_grpo.model.precision import base_dtype, choose_divisor, default_device, float32_logits, rescale_residual
 from gemma_grpo.model.quantization import Quantizer
+
+_ROOM = "Free the device of other programs, set quantization=nf4, or take a smaller model."
 
 AdapterRole = Literal["policy", "reward"]
 ModelRole = Literal["policy", "reward", "reference"]
@@ -46,7 +48,7 @@ class Gemma:
         self.name, self.tokenizer, self.config = name, tokenizer, base.config
         self.causal_lm = base
         self.budget = TokenBudget(None)
-        """How many tokens a pass may hold: every pass over this model goes through it."""
+        """How many tokens a pass over completions may hold; sampling has a limit of its own (rollout/local.py)."""
         with torch.random.fork_rng(devices=[]), _quiet():
             # seeded: the adapter's start is part of the run, whatever drew random numbers before
             torch.manual_seed(seed)
@@ -84,9 +86,10 @@ class Gemma:
         config = read_text_config(folder)  # before gigabytes of something else are fetched
         check_tokenizer_files(folder)
         folder = checkpoint_folder(name)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = _load_tokenizer(folder)
         _check_tokenizer(tokenizer, name)
-        base = load_decoder(folder, config, dtype=dtype, device=device, quantizer=quantizer)
+        with explaining_exhaustion(f"out of memory on {device} while loading {name}. {_ROOM}"):
+            base = load_decoder(folder, config, dtype=dtype, device=device, quantizer=quantizer)
         # peft asks for it before it wraps a 4-bit layer as one
         base.is_loaded_in_4bit = quantizer is not None  # type: ignore[assignment]
         return cls(base, tokenizer, name=name, lora=lora, seed=seed)
@@ -102,7 +105,7 @@ class Gemma:
             rescale_residual(self.causal_lm, int(divisor))
             return {"divisor": float(divisor)}
         batch = pad_groups(prompts, [[()] for _ in prompts]).to(self.device)
-        with self.role("reference"):
+        with self.role("reference"), explaining_exhaustion(f"out of memory on {self.device} in the first pass over prompts. {_ROOM}"):
             return choose_divisor(self.causal_lm, lambda: self.hidden_states(GroupLayout(batch)))
 
     @property
@@ -177,12 +180,12 @@ class Gemma:
     def load_adapter(self, role: AdapterRole, path: Path) -> None:
         """Replace one adapter's weights by those of a PEFT folder (safetensors only).
 
-        Raises ValueError, with nothing replaced, when its tensors or its scale are not this run's.
+        Raises ValueError, with nothing replaced, when it cannot be read, or its tensors or its scale are not this run's.
         """
         for file in ("adapter_model.safetensors", "adapter_config.json"):
             if not (path / file).is_file():
                 raise ValueError(f"{path} holds no {file}. Give the folder of a PEFT adapter.")
-        weights = load_peft_weights(str(path), device=str(self.device))
+        weights = _read_adapter(path, self.device)
         _check_same_tensors(path, weights, self.adapter_parameters(role), role)
         _check_same_scale(path, self.peft.peft_config[role])
         set_peft_model_state_dict(self.peft, weights, adapter_name=role)
@@ -199,6 +202,29 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever a damaged file provokes in the library: the file is what must be mended
+        raise ValueError(f"{folder}: its tokenizer cannot be read ({_line(error)}). Download the checkpoint again.") from error
+    return tokenizer
+
+
+def _read_adapter(path: Path, device: torch.device) -> dict[str, Tensor]:
+    try:
+        weights = load_peft_weights(str(path), device=str(device))
+    except Exception as error:  # as above
+        raise ValueError(f"{path}: its adapter_model.safetensors cannot be read ({_line(error)}). Copy the adapter again.") from error
+    broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
+    if broken:
+        raise ValueError(f"{path}: {broken[0]} has numbers that are NaN or infinite. Take an earlier checkpoint's adapter.")
+    return weights
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _lora_config(lora: LoraSettings) -> LoraConfig:
@@ -227,8 +253,11 @@ def _check_same_tensors(path: Path, weights: Mapping[str, Tensor], own: Mapping[
 
 def _check_same_scale(path: Path, own: PeftConfig) -> None:
     # the weights alone do not say by how much they count: another alpha is a silently different model
-    saved = LoraConfig.from_pretrained(str(path))
-    for field in ("r", "lora_alpha", "use_rslora", "use_dora"):
+    try:
+        saved = LoraConfig.from_pretrained(str(path))
+    except Exception as error:
+        raise ValueError(f"{path}: its adapter_config.json cannot be read ({_line(error)}). Copy the adapter again.") from error
+    for field in ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
         found, expected = getattr(saved, field), getattr(own, field)
         if found != expected:
             raise ValueError(f"{path} was trained with {field}={found}, this run has {expected}. Use the settings it was trained with.")

@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 
+from gemma_grpo.model.memory import release
 from gemma_grpo.model.precision import FP16_MAX, trained_embed_scale
 from gemma_grpo.model.quantization import Quantizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PIECE_BYTES = 16 * 2**20
-"""Read at a time: host memory never holds more than this beside the decoder."""
+MAPPED_BYTES, PIECE_BYTES = 16 * 2**20, 2**20
+"""Of a file mapped at a time, and converted at a time. Small pieces: freeing large ones makes glibc keep the next weights in its heap,
+whose holes cost a sixth of a 1b model (measured)."""
 
 # Multimodal checkpoints keep the decoder under one of the first three (by the age of their transformers), text-only ones under the last.
 _DECODER = re.compile(r"^(?:language_model\.model\.|model\.language_model\.|language_model\.|model\.)(?=embed_tokens\.|layers\.|norm\.)")
@@ -53,11 +55,20 @@ def read_text_config(folder: Path) -> Gemma3TextConfig:
     if kind not in ("gemma3", "gemma3_text"):
         raise ValueError(f"{folder} is a {kind} checkpoint, not a Gemma 3. Try google/gemma-3-4b-it or google/gemma-3-1b-it.")
     text = raw.get("text_config", raw)
+    if not isinstance(text, dict):
+        raise ValueError(f"{folder / 'config.json'}: text_config is {text!r}, not an object. Download the checkpoint again.")
     if text.get("use_bidirectional_attention"):
         raise ValueError(f"{folder} is an embedding model (bidirectional attention): it cannot write. Try google/gemma-3-270m-it.")
     if raw.get("quantization_config"):
         raise ValueError(f"{folder} is quantised already. Give the original checkpoint; quantization=nf4 quantises it while loading.")
-    config: Gemma3TextConfig = AutoConfig.from_pretrained(folder).get_text_config()
+    try:
+        config: Gemma3TextConfig = AutoConfig.from_pretrained(folder).get_text_config()
+        with torch.device("meta"):
+            Gemma3ForCausalLM(config)  # what the config cannot build must not wait for the weights
+    except Exception as error:  # whatever an impossible value provokes in the library
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        path = folder / "config.json"
+        raise ValueError(f"{path} describes no Gemma 3 that can be built ({what}). Download the checkpoint again.") from error
     if config.final_logit_softcapping is not None or config.attn_logit_softcapping is not None:
         raise ValueError(f"{folder} soft-caps its logits, which no released Gemma 3 does. Use an original Gemma 3 checkpoint.")
     return config
@@ -66,7 +77,7 @@ def read_text_config(folder: Path) -> Gemma3TextConfig:
 def check_tokenizer_files(folder: Path) -> None:
     """Raises ValueError when the tokenizer's settings name code of their own, or there is no tokenizer."""
     path = folder / "tokenizer_config.json"
-    if not path.is_file() and not (folder / "tokenizer.json").is_file():
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise ValueError(f"{folder} has no tokenizer (tokenizer.json). Copy the tokenizer files of the checkpoint it was made from.")
     if path.is_file():
         _refuse_own_code(path, _read_json(path))
@@ -93,6 +104,8 @@ def load_decoder(
             weight = _read(found[name], dtype, torch.device("cpu"))
             parent, _, child = owner.rpartition(".")
             setattr(model.get_submodule(parent), child, quantizer.linear(weight, device))
+            del weight
+            release(torch.device("cpu"))  # where it was read
         else:
             setattr(module, leaf, nn.Parameter(_read(found[name], wanted, device), requires_grad=False))
     model.tie_weights()
@@ -144,10 +157,14 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder} holds no {WEIGHTS}, and pickled weights (.bin, .pt) are never read. Save it as safetensors.")
-    names = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
-    outside = [name for name in names if Path(name).name != name]
-    if outside or not names:
-        raise ValueError(f"{folder / INDEX} names {outside[0] if outside else 'no file'}, not files of its folder. Download it again.")
+    weight_map = _read_json(folder / INDEX).get("weight_map")
+    values = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    outside = [name for name in values if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors")]
+    if outside or not values:
+        raise ValueError(
+            f"{folder / INDEX} names {repr(outside[0]) if outside else 'no file'}, not safetensors files of its folder. Download it again."
+        )
+    names = sorted(set(values))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} of its {len(names)} weight files: {_first(missing)}. Download it again.")
@@ -157,7 +174,9 @@ def _weight_files(folder: Path) -> list[Path]:
 def _opened(file: Path) -> Any:
     try:
         return safe_open(str(file), framework="pt")
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror or error}). Check its permissions.") from error
+    except SafetensorError as error:
         with file.open("rb") as start:
             pointer = start.read(40).startswith(b"version https://git-lfs")
         what = "is a Git LFS pointer, not the weights. Run `git lfs pull`." if pointer else f"cannot be read ({error}). Download it again."
@@ -167,16 +186,20 @@ def _opened(file: Path) -> Any:
 def _read(stored: StoredTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """One tensor in its final form, filled piece by piece; each piece was checked finite."""
     weight = torch.empty(stored.shape, dtype=dtype, device=device)
-    rows = max(1, PIECE_BYTES // (math.prod(stored.shape[1:]) * stored.dtype.itemsize))
-    for start in range(0, stored.shape[0], rows):
-        # opened anew for each piece: the pages of a closed map no longer count as this process's memory
+    row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
+    mapped, rows = (max(1, size // row_bytes) for size in (MAPPED_BYTES, PIECE_BYTES))
+    for first in range(0, stored.shape[0], mapped):
+        # opened anew: the pages of a closed map no longer count as this process's memory
         with _opened(stored.file) as tensors:
-            piece = tensors.get_slice(stored.key)[start : start + rows]
-            converted = piece.to(dtype)
-            if not torch.isfinite(converted).all():
-                raise ValueError(_not_finite(stored, piece, dtype))
-            weight[start : start + rows] = converted
-            del piece, converted
+            part = tensors.get_slice(stored.key)
+            for start in range(first, min(first + mapped, stored.shape[0]), rows):
+                piece = part[start : min(start + rows, first + mapped)]
+                converted = piece.to(dtype)
+                if not torch.isfinite(converted).all():
+                    raise ValueError(_not_finite(stored, piece, dtype))
+                weight[start : start + len(piece)] = converted
+                del piece, converted
+            del part
     return weight
 
 
@@ -203,6 +226,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path.parent} has no {path.name}: it is no checkpoint folder. Give a hub id or a checkpoint.") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from error
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}). Download the checkpoint again.") from error
     if not isinstance(content, dict):

@@ -11,6 +11,7 @@ import gc
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -21,8 +22,12 @@ from gemma_grpo.data.batch import GroupBatch, Slot
 Batch = TypeVar("Batch", bound=GroupBatch)
 Result = TypeVar("Result")
 
-_ALLOCATOR_TEXTS = ("can't allocate memory", "not enough memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What torch's CPU allocator (Linux, then other systems), C++ and cuBLAS say in a RuntimeError that has no class of its own."""
+_ALLOCATOR_TEXTS = (
+    *("can't allocate memory", "not enough memory", "std::bad_alloc"),
+    *("CUDA error: out of memory", "_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED"),
+)
+"""What torch's CPU allocator (Linux, then other systems), C++, the CUDA driver, cuBLAS and cuDNN say in a RuntimeError that has no class
+of its own; cuBLAS that cannot start found no room for its workspace."""
 
 
 class DoesNotFitError(RuntimeError):
@@ -90,6 +95,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATOR_TEXTS)
+
+
+@contextmanager
+def explaining_exhaustion(text: str) -> Iterator[None]:
+    """Where no smaller piece can be tried: running out of memory inside becomes a DoesNotFitError that says `text`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _drop_frames(error)
+        raise DoesNotFitError(text) from error
 
 
 def release(device: torch.device) -> None:

@@ -27,9 +27,15 @@ FIRST_DIVISOR, LAST_DIVISOR = 64, 16384
 MAX_GATED = 2.0**14
 """Largest product of gate and up projection trusted in float16: down_proj sums 2,048 to 21,504 of them."""
 RELEASED_WIDTHS = (640, 1152, 2560, 3840, 5376)
-_LARGEST_FINITE_SHIFT = 14
-MAX_REDUCTIONS = 6
-"""2^-24 of the first factor: a gradient that still overflows is not float16's fault."""
+_LARGEST_EXPONENT = 14
+"""float16 ends at 2^16: a sum of a few products stays inside."""
+_LARGEST_SHIFT = 100
+"""2^100 is a float32, and brings up anything that a float32 gradient can say."""
+LIFT = 16.0
+"""What the largest per-token weight is lifted to: gradients stay finite up to some 2^14 and are rounded away below 2^2 (measured on
+the large-normed model of tests/model/test_fp16.py)."""
+REDUCTION, MAX_REDUCTIONS = 4.0, 5
+"""A gradient that still overflows a thousand times lower is not float16's fault."""
 
 
 def default_device() -> torch.device:
@@ -39,7 +45,7 @@ def default_device() -> torch.device:
 
 def has_native_bf16(device: torch.device) -> bool:
     """Whether matrix units take bfloat16. torch says True on a T4, which only emulates it: ask without emulation."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cuda" and (torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def base_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -111,15 +117,20 @@ def rescale_residual(model: Gemma3ForCausalLM, divisor: int) -> None:
 class Peaks:
     """Largest magnitudes seen in one or more passes, by what they are; infinite where float16 overflowed."""
 
-    seen: dict[str, list[Tensor]] = field(default_factory=dict)
+    seen: list[tuple[str, Tensor]] = field(default_factory=list)
 
     def note(self, kind: str, values: Tensor) -> None:
         """Remember max |values|, without waiting for the device."""
-        self.seen.setdefault(kind, []).append(values.detach().abs().amax().float())
+        self.seen.append((kind, values.detach().abs().amax().float()))
+
+    def in_order(self) -> list[tuple[str, float]]:
+        """Everything seen, as it came; a NaN counts as infinite."""
+        peaks = torch.stack([peak for _, peak in self.seen]).nan_to_num(nan=math.inf, posinf=math.inf).tolist()
+        return list(zip((kind for kind, _ in self.seen), peaks, strict=True))
 
     def largest(self, kind: str) -> float:
-        """The largest so far; a NaN counts as infinite."""
-        return float(torch.stack(self.seen[kind]).amax().nan_to_num(nan=math.inf, posinf=math.inf))
+        """The largest of a kind."""
+        return max(peak for seen, peak in self.in_order() if seen == kind)
 
 
 @contextmanager
@@ -130,12 +141,17 @@ def watching_peaks(model: Gemma3ForCausalLM) -> Iterator[Peaks]:
     def output(module: nn.Module, kind: str) -> None:
         hooks.append(module.register_forward_hook(lambda _m, _i, out: peaks.note(kind, out)))
 
+    def reads(module: nn.Module, kind: str) -> None:
+        hooks.append(module.register_forward_pre_hook(lambda _m, inputs: peaks.note(kind, inputs[0])))
+
     output(model.model.embed_tokens, "residual")
+    output(model.model.norm, "hidden")
     for layer in model.model.layers:
+        reads(layer.pre_feedforward_layernorm, "residual")
         output(layer, "residual")
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             output(getattr(layer.self_attn, name), "attention")
-        hooks.append(layer.mlp.down_proj.register_forward_pre_hook(lambda _m, inputs: peaks.note("gated", inputs[0])))
+        reads(layer.mlp.down_proj, "gated")
     try:
         yield peaks
     finally:
@@ -144,28 +160,38 @@ def watching_peaks(model: Gemma3ForCausalLM) -> Iterator[Peaks]:
 
 
 def choose_divisor(model: Gemma3ForCausalLM, forward: Callable[[], object]) -> dict[str, float]:
-    """Rescale the model by the smallest trusted power of two that leaves HEADROOM over the passes `forward` makes; what was found.
+    """Rescale the model by a power of two, 64 or more, that leaves HEADROOM over the passes `forward` makes; what was found.
 
-    Keys: divisor, and the largest magnitudes of residual (in the original's units), attention and gated. Raises FloatingPointError when
-    float16 cannot hold this model at any divisor.
+    Keys: divisor, and the largest magnitudes of residual (in the original's units), attention, gated and hidden. Raises
+    FloatingPointError, naming what is too large, when float16 cannot hold this model at any divisor.
     """
     divisor = FIRST_DIVISOR
     while True:
         rescale_residual(model, divisor)
         with watching_peaks(model) as peaks, torch.no_grad():
             forward()
-        residual, attention, gated = (peaks.largest(kind) for kind in ("residual", "attention", "gated"))
+        found = {kind: peaks.largest(kind) for kind in ("residual", "attention", "gated", "hidden")}
+        residual = found["residual"]
         if residual <= FP16_MAX / HEADROOM:
             break
+        if math.isinf(residual) and (guilty := _first_overflow(peaks)) != "residual":
+            raise FloatingPointError(_too_large(_NAMES[guilty], math.inf, "no divisor changes that"))
         # infinite: the size is unknown, so a long step; else the smallest power of two that does
         divisor *= 16 if math.isinf(residual) else 2 ** math.ceil(math.log2(residual * HEADROOM / FP16_MAX))
         if divisor > LAST_DIVISOR:
-            raise FloatingPointError(_too_large("residual stream", residual, "even divided by 16384"))
-    if attention > FP16_MAX / HEADROOM:
-        raise FloatingPointError(_too_large("largest attention projection", attention, f"the limit is {FP16_MAX / HEADROOM:.0f}"))
-    if gated > MAX_GATED:
-        raise FloatingPointError(_too_large("gate*up", gated, f"the limit is {MAX_GATED:.0f}"))
-    return {"divisor": float(divisor), "residual": residual * divisor, "attention": attention, "gated": gated}
+            raise FloatingPointError(_too_large("residual stream", residual, f"even divided by {LAST_DIVISOR}"))
+    for kind, limit in (("attention", FP16_MAX / HEADROOM), ("gated", MAX_GATED), ("hidden", FP16_MAX / HEADROOM)):
+        if found[kind] > limit:
+            raise FloatingPointError(_too_large(_NAMES[kind], found[kind], f"the limit is {limit:.0f}"))
+    return {"divisor": float(divisor), **found, "residual": residual * divisor}
+
+
+_NAMES = {"attention": "largest attention projection", "gated": "product gate*up", "hidden": "final norm's output"}
+
+
+def _first_overflow(peaks: Peaks) -> str:
+    """What overflowed first in the order of the pass: everything behind it is infinite too."""
+    return next(kind for kind, peak in peaks.in_order() if not math.isfinite(peak))
 
 
 def _too_large(what: str, value: float, limit: str) -> str:
@@ -184,7 +210,7 @@ def float32_logits(hidden: Float[Tensor, "T D"], head_weight: Float[Tensor, "V D
 
 
 def head_gradient(logits_grad: Float[Tensor, "T V"], head_weight: Float[Tensor, "V D"]) -> Float[Tensor, "T D"]:
-    """logits_grad @ head, float32, by a product in the head's dtype. logits_grad is overwritten: a copy of a chunk is 256 MiB.
+    """logits_grad @ head, float32, by a product in the head's dtype. logits_grad may be overwritten: a copy of a chunk is 256 MiB.
 
     A token's share of a gradient over 262,144 words lies below float16's smallest number: it is moved up by a power of two first.
     """
@@ -192,7 +218,8 @@ def head_gradient(logits_grad: Float[Tensor, "T V"], head_weight: Float[Tensor, 
         return logits_grad @ head_weight
     # frexp keeps the exponent on the device: no wait for it
     low, high = torch.aminmax(logits_grad)
-    shift = _LARGEST_FINITE_SHIFT - torch.frexp(torch.maximum(-low, high)).exponent
+    shift = _LARGEST_EXPONENT - torch.frexp(torch.maximum(-low, high)).exponent
+    shift = shift.clamp(max=_LARGEST_SHIFT)
     moved = logits_grad.ldexp_(shift).to(head_weight.dtype)
     return torch.ldexp(_float32_product(moved, head_weight), -shift)
 
@@ -207,18 +234,25 @@ class LossScale:
     """Lifts losses into float16's range for their backward pass; does nothing at other dtypes.
 
     A mean loss divides by thousands of tokens: its gradients, in float16 between the layers, would drown below 6e-8. A power of two
-    brings the largest per-token weight to about 1; when a gradient overflows, later ones are lifted 16 times less.
+    brings the largest per-token weight to about LIFT. When a gradient overflows it is made again, lifted REDUCTION times less, and so are
+    the next ones; each call of `relax` takes one reduction back.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.active = dtype == torch.float16
         self.reductions = 0
+        self.retries = 0
+        """Gradients that overflowed so far, each made again."""
 
     def of(self, largest_weight: float) -> float:
         """The factor for a loss whose largest weight of a token (or pair) is given."""
         if not self.active or largest_weight <= 0:
             return 1.0
-        return 2.0 ** (-math.floor(math.log2(largest_weight)) - 4 * self.reductions)
+        return LIFT * 2.0 ** -math.floor(math.log2(largest_weight)) / REDUCTION**self.reductions
+
+    def relax(self) -> None:
+        """Lift the next step's gradients once more after an overflow: it may have been one batch's."""
+        self.reductions = max(0, self.reductions - 1)
 
     def gradient(self, loss: Tensor, parameters: Sequence[Tensor], largest_weight: float) -> list[Tensor | None] | None:
         """d loss / d parameters, float32, with None where there is none; None for all when it overflowed and the loss must be made
@@ -227,17 +261,17 @@ class LossScale:
         found = torch.autograd.grad(loss * scale, list(parameters), allow_unused=True)
         gradient: list[Tensor | None] = [None if part is None else part / scale for part in found]
         if self.active and self.reductions < MAX_REDUCTIONS and torch.isfinite(loss) and not _all_finite(gradient):
-            self.reductions += 1
+            self.reductions, self.retries = self.reductions + 1, self.retries + 1
             return None
         return gradient
 
     def state(self) -> dict[str, float]:
         """What a checkpoint keeps."""
-        return {"reductions": float(self.reductions)}
+        return {"reductions": float(self.reductions), "retries": float(self.retries)}
 
     def load(self, state: Mapping[str, float]) -> None:
         """Continue from what state() gave."""
-        self.reductions = int(state["reductions"])
+        self.reductions, self.retries = int(state["reductions"]), int(state["retries"])
 
 
 def _all_finite(parts: Sequence[Tensor | None]) -> bool:

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemma_grpo.model.memory import is_out_of_memory
+
 
 class Quantizer:
     """Makes 4-bit linear layers that compute in `dtype`. Gradients flow through them to what lies before, never to them."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        """Raises ValueError when bitsandbytes is not installed, or does not start."""
+        """Raises ValueError when bitsandbytes is not installed or cannot be imported."""
         try:
             import bitsandbytes
         except ImportError as error:
@@ -39,6 +41,8 @@ class Quantizer:
         try:
             layer.weight = packed.to(device)
         except (RuntimeError, NotImplementedError, AssertionError) as error:
+            if is_out_of_memory(error):
+                raise
             raise ValueError(
                 f"quantization=nf4: bitsandbytes cannot quantise on this {device.type} device ({error}). "
                 "Use quantization=none, or a CUDA GPU."

@@ -106,6 +106,7 @@ def train_reward_adapter(
     torch.manual_seed(seed)  # dropout, where it is on, is part of the run
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda u: min((u + 1) / warmup, (updates - u) / max(1, updates - warmup)))
     for update in range(updates):
+        scale.relax()
         batch = order[update * settings.batch_size : (update + 1) * settings.batch_size]
         gradient, loss, rewards = _pair_gradient(judge, batch, settings, parameters, scale)
         if not math.isfinite(loss):

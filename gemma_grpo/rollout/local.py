@@ -15,7 +15,7 @@ from gemma_grpo.data.batch import GroupBatch, pad_groups, pad_sequences
 from gemma_grpo.data.chat import STOP_IDS, reply_text
 from gemma_grpo.model.attention import DecodeLayout, GroupLayout
 from gemma_grpo.model.gemma import Gemma
-from gemma_grpo.model.memory import DoesNotFitError, is_out_of_memory
+from gemma_grpo.model.memory import explaining_exhaustion
 from gemma_grpo.rollout.engine import SamplingParams
 from gemma_grpo.rollout.sampling import draw, row_keys, sampling_logprobs, uniforms
 from gemma_grpo.types import Completion, Prompt, RolloutGroup
@@ -41,12 +41,8 @@ class LocalEngine:
         room = _with_room_for_replies(prompts, params)
         with self.model.role(params.role):
             for slot in room.slots(self.kv_tokens):
-                try:
+                with explaining_exhaustion(_too_many(room.piece(slot), self.model.device)):
                     completions += self._decoded(prompts[slot.rows], slot.completions, params)
-                except (RuntimeError, MemoryError) as error:
-                    if is_out_of_memory(error):
-                        raise DoesNotFitError(_too_many(room.piece(slot), self.model.device)) from error
-                    raise
         size = params.num_generations
         return [RolloutGroup(prompt, tuple(completions[n * size : (n + 1) * size]), params.step) for n, prompt in enumerate(prompts)]
 

@@ -179,7 +179,7 @@ def test_a_step_that_does_not_fit_at_all_changes_nothing(world):
 def trained_short_of_memory(tiny_trainer: Callable[..., Any], passes: tuple[int, int], **settings: Any) -> tuple[Any, dict[str, Any]]:
     """A training in which (times, after) backward passes run out of memory."""
     trainer = tiny_trainer(**settings)
-    trainer._prepare()
+    trainer.dry_run()  # loads the model
     with short_of_memory(trainer.model.causal_lm.model.layers[0], passes[0], backward=True, after=passes[1]):
         return trainer, trainer.train()
 

@@ -373,6 +373,19 @@ def test_state_and_load_continue_bit_for_bit(world):
     assert first.state()[1] == second.state()[1]
 
 
+def test_loaded_moments_lie_where_the_weights_are(world):
+    # a checkpoint is read on the CPU: on a GPU the first update after a resume would find weights and moments apart
+    config = world.config()
+    updater = world.updater(config)
+    updater.update(world.batch(config), 0)
+    elsewhere = world.updater(config)
+    elsewhere.parameters = {name: torch.nn.Parameter(weight.detach().to("meta")) for name, weight in elsewhere.parameters.items()}
+    elsewhere.load(*updater.state())
+    for weight in elsewhere.parameters.values():
+        kept = elsewhere.optimizer.state[weight]
+        assert {key: value.device.type for key, value in kept.items()} == {"step": "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"}
+
+
 def test_a_saved_state_is_a_copy(world):
     config = world.config()
     updater, batch = world.updater(config), world.batch(config)

@@ -15,6 +15,7 @@ from gemma_grpo.data.batch import GroupBatch, pad_groups
 from gemma_grpo.model.attention import DecodeLayout, GroupLayout
 from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.model.logprobs import completion_logprobs
+from gemma_grpo.model.memory import DoesNotFitError
 from gemma_grpo.model.precision import FP16_MAX, LossScale, choose_divisor, head_gradient, rescale_residual, watching_peaks
 
 PROMPT = [2, *range(120, 140)]
@@ -204,7 +205,10 @@ def test_the_probe_divides_by_more_when_it_must(large_normed: Callable[..., Gemm
     ("change", "what"),
     [
         (lambda layer: layer.post_attention_layernorm.weight.data.fill_(1e9), "residual stream reaches inf"),
-        (lambda layer: layer.mlp.up_proj.weight.data.mul_(3e4), r"gate\*up reaches"),
+        (lambda layer: layer.mlp.up_proj.weight.data.mul_(3e4), r"gate\*up reaches \d"),
+        # beyond 65,504 each of them makes the stream behind it infinite too: the first one is named
+        (lambda layer: layer.mlp.up_proj.weight.data.mul_(2e5), r"gate\*up reaches inf \(no divisor changes that\)"),
+        (lambda layer: layer.self_attn.v_proj.base_layer.weight.data.mul_(3e5), "largest attention projection reaches inf"),
         (lambda layer: layer.self_attn.v_proj.base_layer.weight.data.mul_(1e4), "largest attention projection reaches"),
     ],
 )
@@ -214,6 +218,24 @@ def test_a_model_float16_cannot_hold_is_refused(large_normed: Callable[..., Gemm
     with pytest.raises(FloatingPointError, match=what) as refused:
         probe(model)
     assert "Use precision=fp32" in str(refused.value)
+
+
+def test_a_final_norm_beyond_float16_is_refused(large_normed: Callable[..., Gemma]) -> None:
+    model = large_normed(torch.float16)
+    model.causal_lm.model.norm.weight.data.fill_(5e4)
+    with pytest.raises(FloatingPointError, match="final norm's output reaches"):
+        probe(model)
+
+
+def test_memory_that_runs_out_in_the_probe_is_told_with_a_remedy(large_normed: Callable[..., Gemma]) -> None:
+    model = large_normed(torch.float16)
+
+    def exhausted(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.causal_lm.model.layers[1].register_forward_pre_hook(exhausted)
+    with pytest.raises(DoesNotFitError, match=r"out of memory on cpu in the first pass over prompts\. Free the device"):
+        probe(model)
 
 
 def test_a_recorded_divisor_is_taken_without_a_probe(large_normed: Callable[..., Gemma]) -> None:
@@ -231,12 +253,12 @@ def test_other_formats_are_left_as_they_are(large_normed: Callable[..., Gemma], 
 
 def test_the_probe_leaves_no_hook_and_the_role_as_it_was(large_normed: Callable[..., Gemma]) -> None:
     model = large_normed(torch.float16)
-    with model.role("policy"):
+    probe(model)
+    with model.role("policy"), torch.no_grad():
+        expected = model.hidden_states(GroupLayout(BATCH))
         probe(model)
-        expected = model.hidden_states
-        assert model.peft.active_adapter == "policy"
+        assert torch.equal(model.hidden_states(GroupLayout(BATCH)), expected)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.causal_lm.modules())
-    assert expected == model.hidden_states
 
 
 def test_a_peak_that_is_nan_counts_as_infinite(large_normed: Callable[..., Gemma]) -> None:
@@ -249,8 +271,8 @@ def test_a_peak_that_is_nan_counts_as_infinite(large_normed: Callable[..., Gemma
 # ---- gradients that float16 would lose
 
 
-@pytest.mark.parametrize(("weight", "scale"), [(1 / 32768, 32768), (1 / 3000, 4096), (1.0, 1), (3.0, 0.5), (0.0, 1)])
-def test_a_loss_is_lifted_to_about_one(weight: float, scale: float) -> None:
+@pytest.mark.parametrize(("weight", "scale"), [(1 / 32768, 16 * 32768), (1 / 3000, 16 * 4096), (1.0, 16), (3.0, 8), (0.0, 1)])
+def test_a_loss_is_lifted_to_about_sixteen(weight: float, scale: float) -> None:
     assert LossScale(torch.float16).of(weight) == scale
     assert LossScale(torch.bfloat16).of(weight) == LossScale(torch.float32).of(weight) == 1
 
@@ -273,14 +295,33 @@ def test_a_gradient_below_float16_is_found_by_lifting_it() -> None:
 
 def test_a_gradient_that_overflows_is_lifted_less_and_that_is_remembered() -> None:
     scale = LossScale(torch.float16)
-    # 0.6 is lifted to 1.2, times 60,000 is beyond 65,504; 16 times less is not
-    assert half_precision_gradient(scale, 0.6, 60_000.0) is None
+    # 0.6 is lifted to 19.2, and by 4 less each time to 4.8, 1.2 and 0.3; times 60,000 only the last is below 65,504
+    assert [half_precision_gradient(scale, 0.6, 60_000.0) for _ in range(3)] == [None] * 3
     (found,) = half_precision_gradient(scale, 0.6, 60_000.0) or [None]
     assert found is not None
     torch.testing.assert_close(found, torch.tensor([36_000.0]), rtol=1e-2, atol=0.0)
     resumed = LossScale(torch.float16)
     resumed.load(scale.state())
-    assert resumed.of(1.0) == scale.of(1.0) == 1 / 16
+    assert resumed.of(1.0) == scale.of(1.0) == 16 / 4**3
+    assert resumed.retries == 3
+    resumed.relax()
+    assert resumed.of(1.0) == 16 / 4**2
+    LossScale(torch.float16).relax()
+
+
+def test_a_gradient_that_overflows_at_every_lift_is_given_as_it_is() -> None:
+    scale, w = LossScale(torch.float16), torch.ones(1, requires_grad=True)
+
+    def gradient() -> list[torch.Tensor | None] | None:
+        # 1e-6 grows to 3,600, which is finite; lifted by 1/64 at least, its gradient grows to 60,000^2 / 64, which is not
+        loss = ((w * 1e-6).half() * 60_000 * 60_000).float().sum()
+        assert torch.isfinite(loss)
+        return scale.gradient(loss, [w], 1.0)
+
+    attempts = [gradient() for _ in range(6)]
+    assert attempts[:5] == [None] * 5
+    assert attempts[5] is not None
+    assert not torch.isfinite(torch.stack([part for part in attempts[5] if part is not None])).any()
 
 
 def test_a_loss_that_is_no_number_is_no_overflow() -> None:

@@ -287,3 +287,32 @@ def test_an_adapter_with_a_tensor_missing_is_refused_by_its_name(saved: tuple[Ge
     save_file({name: weight for name, weight in weights.items() if name != lost}, folder / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=lost):
         model.load_adapter("policy", folder)
+
+
+def test_an_adapter_that_is_no_number_is_refused_by_name(saved: tuple[Gemma, Path]) -> None:
+    model, folder = saved
+    weights = load_file(folder / "adapter_model.safetensors")
+    broken = sorted(weights)[2]
+    weights[broken].view(-1)[0] = torch.nan
+    save_file(weights, folder / "adapter_model.safetensors")
+    before = snapshot(model, "policy")
+    with pytest.raises(ValueError, match=f"{broken} has numbers that are NaN or infinite"):
+        model.load_adapter("policy", folder)
+    assert unchanged(before, snapshot(model, "policy"))
+
+
+@pytest.mark.parametrize("change", [{"alpha_pattern": {"q_proj": 640}}, {"rank_pattern": {"q_proj": 16}}])
+def test_an_adapter_with_a_scale_of_its_own_for_some_layers_is_refused(saved: tuple[Gemma, Path], change: dict[str, Any]) -> None:
+    model, folder = saved
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text(encoding="utf-8")), **change}), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"was trained with {next(iter(change))}="):
+        model.load_adapter("policy", folder)
+
+
+@pytest.mark.parametrize(("name", "content"), [("adapter_model.safetensors", b"\x08"), ("adapter_config.json", b"{")])
+def test_a_damaged_adapter_file_is_named(saved: tuple[Gemma, Path], name: str, content: bytes) -> None:
+    model, folder = saved
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"its {name} cannot be read \(.*Copy the adapter again"):
+        model.load_adapter("policy", folder)

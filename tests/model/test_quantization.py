@@ -123,6 +123,24 @@ def test_without_bitsandbytes_it_is_refused_with_the_command_that_mends_it(tiny_
     assert "pip install 'gemma-grpo[nf4]'" in done.stdout
 
 
+EXHAUSTED = """
+import resource, torch
+from gemma_grpo.model.memory import is_out_of_memory
+from gemma_grpo.model.quantization import Quantizer
+quantizer, weight = Quantizer(torch.float32), torch.ones(8192, 8192)
+held = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (held + 2**20, held + 2**20))
+try: quantizer.linear(weight, torch.device("cpu"))
+except Exception as error: print(type(error).__name__, is_out_of_memory(error))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="limits memory by Linux's means")
+def test_memory_that_runs_out_while_quantising_is_not_taken_for_a_device_that_cannot() -> None:
+    done = subprocess.run([sys.executable, "-c", EXHAUSTED], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["RuntimeError", "True"]
+
+
 def test_a_device_it_cannot_quantise_on_is_named() -> None:
     from gemma_grpo.model.quantization import Quantizer
 
