@@ -68,7 +68,7 @@ def read_text_config(folder: Path) -> Gemma3TextConfig:
     except Exception as error:  # whatever an impossible value provokes in the library
         what = " ".join(f"{type(error).__name__}: {error}".split())
         path = folder / "config.json"
-        raise ValueError(f"{path} describes no Gemma 3 that can be built ({what}). Download the checkpoint again.") from error
+        raise ValueError(f"{path} describes no Gemma 3 that can be built ({what}). Download it again.") from error
     if config.final_logit_softcapping is not None or config.attn_logit_softcapping is not None:
         raise ValueError(f"{folder} soft-caps its logits, which no released Gemma 3 does. Use an original Gemma 3 checkpoint.")
     return config
