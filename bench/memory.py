@@ -28,21 +28,28 @@ from bench.random_checkpoint import write_checkpoint
 
 GIB = 2**30
 REFERENCE: dict[str, Any] = {"batch_size": 2, "gradient_accumulation_steps": 8, "num_generations": 8, "planning_steps": 2}
-LARGE = {**REFERENCE, "max_prompt_length": 512, "max_completion_length": 512, "reward_model.max_pairs": 32, "evaluation.num_prompts": 16}
+LARGE = {
+    **REFERENCE,
+    **{"max_prompt_length": 512, "max_completion_length": 512, "evaluation.num_prompts": 16},
+    **{"reward_model.max_pairs": 32, "reward_model.max_length": 1024},
+}
 SMALL = {
     **REFERENCE,
     **{"gradient_accumulation_steps": 2, "num_generations": 4, "max_prompt_length": 128, "max_completion_length": 32},
-    **{"reward_model.max_pairs": 16, "reward_model.max_length": 256, "evaluation.num_prompts": 8},
+    **{"reward_model.max_pairs": 16, "reward_model.max_length": 256, "evaluation.num_prompts": 4},
 }
 TEMPLATE_TOKENS = 24
-"""Of the 512, what the turns around a prompt take; a filler tokenizer's letters are one token each."""
+"""What the turns around a prompt take; a filler tokenizer's letters are one token each."""
+JUDGE_TOKENS = 90
+"""What the judge's question takes, letter by letter."""
 
 
-def rows(count: int, prompt_length: int) -> list[dict[str, str]]:
-    """Preference pairs whose prompts fill the limit."""
+def rows(count: int, prompt_length: int, dialogue_length: int) -> list[dict[str, str]]:
+    """Preference pairs whose prompts, and whose dialogues with the judge's question, nearly fill their limits."""
+    reply = max(8, dialogue_length - prompt_length - JUDGE_TOKENS)
     question = ("why is the sky blue and the grass green " * 64)[: prompt_length - TEMPLATE_TOKENS]
     talk = [f"\n\nHuman: {index:03d}{question[3:]}\n\nAssistant:" for index in range(count)]
-    return [{"chosen": f"{text} because of light {'x' * 90}", "rejected": f"{text} no idea {'y' * 60}"} for text in talk]
+    return [{"chosen": f"{text} {'x' * (reply - 4)}", "rejected": f"{text} {'y' * (reply // 2)}"} for text in talk]
 
 
 @contextmanager
@@ -67,7 +74,7 @@ def run_once(size: str, precision: str, limit_gib: float | None, checkpoint: Pat
     with tempfile.TemporaryDirectory() as folder, hard_limit(limit_gib):
         trainer = GRPOTrainer(
             model_name=str(checkpoint),
-            dataset=rows(80, settings["max_prompt_length"]),
+            dataset=rows(80, settings["max_prompt_length"], settings["reward_model.max_length"]),
             output_dir=f"{folder}/run",
             max_steps=2,
             precision=precision,
@@ -90,7 +97,7 @@ def run_once(size: str, precision: str, limit_gib: float | None, checkpoint: Pat
         "precision": precision,
         "limit_gib": limit_gib,
         "settings": settings,
-        "planned": plan.to_dict(),
+        "planned": {**plan.to_dict(), "model": f"random weights of {size}'s shape"},  # not where they lay on this machine
         "held": held,
         "ratio_measured_to_planned": measured / plan.peak.total,
         "oom_retries": metrics[-1]["oom_retries"],

@@ -14,7 +14,7 @@ from gemma_grpo.cards import GIB, Card, known_cards, named_card
 from gemma_grpo.config import GRPOConfig, build_config
 from gemma_grpo.planner import Plan, Suggestion, plan_run
 from gemma_grpo.planner.decide import HEADROOM
-from gemma_grpo.planner.phases import ACTIVATIONS, ADAPTERS, BASE, GLOBAL_KV, LOGITS, PARTS, PROGRAM, SLIDING_KV
+from gemma_grpo.planner.phases import ACTIVATIONS, ADAPTERS, BASE, GLOBAL_KV, LOGITS, PARTS, PROGRAM, SLIDING_KV, Phase
 from gemma_grpo.planner.terms import Pass
 from gemma_grpo.shapes import known_shapes, shape_of
 
@@ -36,6 +36,10 @@ def huge(card: Card = T4) -> Card:
 
 def part(planned: Plan, phase: str, name: str) -> float:
     return {each.name: each for each in planned.phases}[phase].parts[name] / GIB
+
+
+def phase_of(planned: Plan, name: str) -> Phase:
+    return next(phase for phase in planned.phases if phase.name == name)
 
 
 # ---- the reference configuration
@@ -89,6 +93,47 @@ def test_12b_needs_nf4_on_a_t4_and_says_so() -> None:
     saved = next(suggestion for suggestion in refused.suggestions if suggestion.change == "quantization=nf4").saves_bytes / GIB
     # 10.758 B linear weights go from 2 bytes to 0.5159; at the peak, in a layer, the largest of them is unpacked: 3840 x 15,360
     assert saved == pytest.approx((10.758e9 * (2 - 0.5159) - 3840 * 15_360 * 2) / GIB, abs=0.01)
+
+
+def test_a_larger_card_is_larger_and_helps_although_the_limit_stays() -> None:
+    bound = plan(memory={"limit_gib": 6})
+    assert not any("larger card" in suggestion.change for suggestion in bound.suggestions)
+    free = plan(model_name="google/gemma-3-12b-it", max_prompt_length=2048)
+    (card,) = [suggestion.change for suggestion in free.suggestions if "larger card" in suggestion.change]
+    assert float(card.split("(")[1].split()[0]) > 14.7
+
+
+def test_long_dialogues_of_the_reward_do_not_make_the_policys_passes_smaller() -> None:
+    short, long = plan(), plan(reward_model={"max_length": 7500})
+    assert phase_of(long, "reward training").total > HEADROOM * long.limit_bytes
+    assert long.token_budget == short.token_budget
+    assert phase_of(long, "update").total == phase_of(short, "update").total
+
+
+def test_no_pass_is_longer_than_its_step() -> None:
+    config = build_config(REFERENCE)
+    step = config.prompts_per_step * (config.max_prompt_length + config.num_generations * config.max_completion_length)
+    whole, beyond = (phase_of(plan(memory={"token_budget": tokens}), "update").total for tokens in (step, 10**8))
+    assert beyond == whole
+
+
+def test_a_budget_below_one_completion_says_what_is_held() -> None:
+    screen = str(plan(memory={"token_budget": 1, "kv_token_budget": 10}))
+    assert "memory.token_budget: 1 tokens a pass; one completion at a time, up to 1024" in screen
+    assert "memory.kv_token_budget: 10 tokens while sampling; one completion at a time, up to 1024" in screen
+
+
+def test_two_copies_are_in_the_format_of_the_one_base() -> None:
+    cpu = Card("CPU", "cpu", 100 * GIB, native_bf16=False)
+    # 1b in float32: 999.9 M x 4 bytes, twice, and the program
+    copies = plan(cpu, model_name="google/gemma-3-1b-it").two_copies_bytes
+    assert copies == pytest.approx(2 * 4 * 999_885_952 + 0.85 * GIB, rel=0.03)
+
+
+def test_a_plan_near_the_limit_says_that_it_may_be_wrong() -> None:
+    assert "nearer to the limit than the plan's own error, 10%" in str(plan(reward_model={"max_length": 7500}))
+    assert "nearer to the limit" not in str(plan())
+    assert "not yet measured on a GPU" in str(plan())
 
 
 def test_suggestions_are_those_that_help_the_most_effective_first() -> None:
@@ -172,8 +217,11 @@ def test_a_plan_adds_up_and_fits_when_it_says_so(
     least = prompt + completion
     assert least <= planned.token_budget <= batch[0] * (prompt + group * completion)
     assert least <= planned.kv_token_budget <= batch[0] * batch[1] * (prompt + group * completion)
-    if planned.reduced and min(planned.token_budget, planned.kv_token_budget) > least:
-        assert planned.peak.total <= HEADROOM * planned.limit_bytes
+    settings |= {"max_prompt_length": prompt, "max_completion_length": completion}
+    smallest = plan(named_card(card), **settings, memory={"token_budget": least, "kv_token_budget": least})
+    for phase, floor in zip(planned.phases, smallest.phases, strict=True):
+        # what budgets decide leaves its headroom; what is above it at the smallest ones is no larger than that
+        assert phase.total <= max(HEADROOM * planned.limit_bytes, floor.total) or not planned.reduced
     assert bool(planned.suggestions) <= (not planned.fits)
 
 

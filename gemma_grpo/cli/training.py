@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemma_grpo.access import checkpoint_folder
+from gemma_grpo.cards import present_card
 from gemma_grpo.cli.summary import evaluation_lines, read_calibration, reward_lines
 from gemma_grpo.config import GRPOConfig, load_recipe, parse_overrides, printable
+from gemma_grpo.planner import PreflightError, find_shape, plan_run
 
 if TYPE_CHECKING:
     from gemma_grpo.grpo.trainer import GRPOTrainer
@@ -24,12 +26,12 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such 
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check settings, data and model; show the plan; write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Fetch, load and check data and model; show the plan; train nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir from its last checkpoint.")] = False,
     force: Force = False,
 ) -> None:
     """Train a policy: the reward adapter first if there is none, then GRPO, then before and after on held-out prompts."""
-    trainer = _trainer(recipe, overrides)
+    trainer = _trainer(recipe, overrides, check_fit=not (force or resume))
     if dry_run:
         print("\n".join(plan_lines(trainer.dry_run(force=force))))
         return
@@ -65,12 +67,16 @@ def report(run: Run) -> None:
     print(write_report(run))
 
 
-def _trainer(recipe: str, overrides: list[str] | None) -> GRPOTrainer:
+def _trainer(recipe: str, overrides: list[str] | None, *, check_fit: bool = False) -> GRPOTrainer:
     """The trainer of a recipe, once the settings are known to be right: their errors must not wait for torch."""
     settings = parse_overrides(overrides or [], recipe)
     config = load_recipe(recipe, settings)
     print(update_line(config), flush=True)
     checkpoint_folder(config.model_name, weights=False)  # what the Hub refuses must not wait for torch either
+    if check_fit:  # nor what does not fit; the trainer plans again, with the card that torch gives it
+        plan = plan_run(config, find_shape(config.model_name), present_card())
+        if not plan.fits:
+            raise PreflightError(plan.refusal)
 
     from gemma_grpo.grpo.trainer import GRPOTrainer
     from gemma_grpo.monitor.terminal import ProgressView

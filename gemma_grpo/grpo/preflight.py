@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gemma_grpo.cards import GIB, Card, this_machine
+from gemma_grpo.cards import GIB, Card, named_card, this_machine
 from gemma_grpo.config import GRPOConfig
 from gemma_grpo.model.precision import default_device, has_native_bf16
 from gemma_grpo.planner import Plan, PreflightError, find_shape, plan_run
@@ -26,10 +26,13 @@ def running_card() -> Card:
     return Card(properties.name, "cuda", properties.total_memory, has_native_bf16(device), capability=capability)
 
 
-def plan_here(config: GRPOConfig, rewards: Collection[str], recorded: Mapping[str, Any]) -> Plan:
-    """The plan of a run on this process's card; loads nothing. `recorded` is the plan a run began with, empty for a new one."""
-    shape, card = find_shape(config.model_name), running_card()
-    if {"token_budget", "kv_token_budget"} <= recorded.keys():
+def plan_for(config: GRPOConfig, rewards: Collection[str], recorded: Mapping[str, Any], card_name: str | None = None) -> Plan:
+    """The plan of a run on this process's card, or on a named one; loads nothing.
+
+    `recorded` is the plan a run began with, empty for a new one. Raises ValueError for a card nobody knows.
+    """
+    shape, card = find_shape(config.model_name), running_card() if card_name is None else named_card(card_name)
+    if card_name is None and {"token_budget", "kv_token_budget"} <= recorded.keys():
         # the same budgets cut the same pieces, whose sums round alike: a resumed run keeps them where they still fit
         budgets = {name: getattr(config.memory, name) or recorded[name] for name in ("token_budget", "kv_token_budget")}
         kept = config.model_copy(update={"memory": config.memory.model_copy(update=budgets)})

@@ -21,7 +21,7 @@ from gemma_grpo.data.hh_rlhf import LoadedPairs
 from gemma_grpo.data.prompts import order
 from gemma_grpo.data.sources import DataError
 from gemma_grpo.grpo.assess import evaluate_policy, train_and_measure_reward
-from gemma_grpo.grpo.preflight import hold_to_limit, plan_here, refuse_unless_it_fits
+from gemma_grpo.grpo.preflight import hold_to_limit, plan_for, refuse_unless_it_fits
 from gemma_grpo.grpo.setup import TRAINED, Rows, build_reward_stack, build_training_data, gold_margin, known_gold, load_rows, reward_weights
 from gemma_grpo.grpo.step import Stepper
 from gemma_grpo.grpo.update import PolicyUpdater
@@ -89,11 +89,11 @@ class GRPOTrainer:
 
     # ---- what a user calls
 
-    def plan(self) -> Plan:
-        """What this run will hold in memory, phase by phase, and whether it fits here; loads no model. `print(trainer.plan())`."""
+    def plan(self, card: str | None = None) -> Plan:
+        """What this run will hold in memory, phase by phase, and whether it fits here or on a named card such as "t4"; loads no model."""
         rewards = {*(() if self._function else self.weights), *((TRAINED,) if self._for_reward_alone else ())}
         recorded = {} if self._run is None else self._run.read_run().get("plan", {})
-        return replace(plan_here(self.config, rewards, recorded), num_prompts=len(self.data.prompts) if self._prepared else None)
+        return replace(plan_for(self.config, rewards, recorded, card), num_prompts=len(self.data.prompts) if self._prepared else None)
 
     def train(self, resume_from_checkpoint: bool | None = None, *, force: bool = False) -> dict[str, Any]:
         """The whole road: reward adapter (when the reward is the trained judge), GRPO, evaluation. Returns the evaluation.
@@ -258,10 +258,10 @@ class GRPOTrainer:
         if self._prepared:
             return
         config = self.config
+        plan = self.plan()
+        refuse_unless_it_fits(plan, force=force)  # first of all: what does not fit need not download its rows
         rows = getattr(self, "_rows", None) or load_rows(self._dataset, config.data.source)
         self._check_reward_can_be_had(rows)
-        plan = self.plan()
-        refuse_unless_it_fits(plan, force=force)
         self.view.note(plan.summary)
         hold_to_limit(config)
         self.view.phase("loading", config.model_name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from gemma_grpo.access import checkpoint_folder
@@ -53,6 +54,7 @@ def plan_run(
         limit_bytes=limit,
         token_budget=budgets.tokens,
         kv_token_budget=budgets.kv_tokens,
+        one_completion=run.smallest.tokens,
         reduced=_reduced(run, budgets),
         phases=tuple(run.phases(budgets)),
         two_copies_bytes=_two_copies(run),
@@ -84,9 +86,9 @@ def _limit(config: GRPOConfig, card: Card) -> int:
 
 def _decided(run: Run, limit: int) -> Budgets:
     """Budgets as set, else those of a whole step, made smaller until the phases they decide leave their headroom."""
-    memory, whole, least, room = run.config.memory, run.whole_step, run.smallest, HEADROOM * limit
-    tokens = memory.token_budget or _largest(least.tokens, whole.tokens, lambda n: _peak(_passes(run, n)) <= room)
-    kv = memory.kv_token_budget or _largest(least.kv_tokens, whole.kv_tokens, lambda n: _peak(_samplings(run, n)) <= room)
+    memory, whole, least = run.config.memory, run.whole_step, run.smallest
+    tokens = memory.token_budget or _largest(least.tokens, whole.tokens, partial(_passes, run), HEADROOM * limit)
+    kv = memory.kv_token_budget or _largest(least.kv_tokens, whole.kv_tokens, partial(_samplings, run), HEADROOM * limit)
     return Budgets(tokens, kv)
 
 
@@ -106,8 +108,16 @@ def _peak(phases: Iterator[Phase]) -> int:
     return max(phase.total for phase in phases)
 
 
-def _largest(least: int, most: int, fits: Callable[[int], bool]) -> int:
-    """The largest number from least to most that fits, by halving; least where none does."""
+def _largest(least: int, most: int, phases: Callable[[int], Iterator[Phase]], room: float) -> int:
+    """The largest number of tokens from least to most whose phases fit the room, by halving; least where none does.
+
+    A phase that is above the room whatever the budget says no reason to make the others' passes smaller: it may stay as it is.
+    """
+    allowed = {phase.name: max(room, phase.total) for phase in phases(least)}
+
+    def fits(tokens: int) -> bool:
+        return all(phase.total <= allowed[phase.name] for phase in phases(tokens))
+
     if fits(most):
         return most
     low, high = least, most
@@ -128,8 +138,8 @@ def _reduced(run: Run, budgets: Budgets) -> tuple[str, ...]:
 
 
 def _two_copies(run: Run) -> int:
-    """Two 16-bit copies of the whole checkpoint, vision tower included, and the program: before a token is computed."""
-    whole = run.shape.weight_bytes(2) + 2 * run.shape.vision_parameters
+    """Two copies of the whole checkpoint, vision tower included, unquantised, and the program: before a token is computed."""
+    whole = run.shape.weight_bytes(run.numbers.bytes) + run.numbers.bytes * run.shape.vision_parameters
     return 2 * whole + run.loading().parts[PROGRAM]
 
 
@@ -162,7 +172,7 @@ def _suggestions(run: Run, card: Card) -> list[Suggestion]:
     kept = next((model for model in models if model.fits), models[-1] if models else None)
     found = [suggestion for suggestion in found if suggestion not in models or suggestion is kept]
     found.sort(key=lambda suggestion: -suggestion.saves_bytes)
-    return [*found, *_larger_card(run)]
+    return [*found, *_larger_card(run, card)]
 
 
 def _alternatives(run: Run, card: Card) -> Iterator[tuple[str, dict[str, Any], ModelShape | None]]:
@@ -210,11 +220,11 @@ def _shown(value: Any) -> str:
     return "null" if value is None else str(value).lower()
 
 
-def _larger_card(run: Run) -> Iterator[Suggestion]:
-    """The smallest known card on which the settings fit as they are, with what precision means there."""
+def _larger_card(run: Run, present: Card) -> Iterator[Suggestion]:
+    """The smallest known card above the present one on which the settings, limit_gib among them, fit as they are."""
     for card in sorted(known_cards().values(), key=lambda card: card.usable_bytes):
-        if run.config.precision == "bf16" and not card.native_bf16:
+        if card.usable_bytes <= present.usable_bytes or (run.config.precision == "bf16" and not card.native_bf16):
             continue
-        if _smallest_peak(replace(run, numbers=numbers_of(run.config, card))) <= card.usable_bytes:
+        if _smallest_peak(replace(run, numbers=numbers_of(run.config, card))) <= _limit(run.config, card):
             yield Suggestion(f"a larger card, such as {card.name} ({card.usable_bytes / GIB:.1f} GiB)", 0, True)
             return

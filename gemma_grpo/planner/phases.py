@@ -179,7 +179,10 @@ class Run:
     def _pass(self, tokens: int, *, judged: bool = False) -> Pass:
         config = self.config
         question = JUDGE_TOKENS if judged else 0
-        return Pass.of(tokens, config.max_prompt_length, config.num_generations, config.max_completion_length + question)
+        length = config.max_completion_length + question
+        # no pass is longer than its step
+        step = config.prompts_per_step * (config.max_prompt_length + config.num_generations * length)
+        return Pass.of(min(tokens, step), config.max_prompt_length, config.num_generations, length)
 
     def _forward(self, piece: Pass) -> Stage:
         shape, numbers = self.shape, self.numbers

@@ -9,6 +9,8 @@ from typing import Any
 from gemma_grpo.cards import GIB, Card
 from gemma_grpo.planner.phases import PARTS, Phase
 
+ERROR = 0.1
+"""The largest difference from a measured peak that the tests allow (tests/test_real_sizes.py)."""
 _COLUMN = {"loading": "load", "reward training": "train rw", "reference": "ref", "evaluation": "eval"}
 """Phase -> head of its column, where its name would make the table wider than 80 characters."""
 
@@ -39,11 +41,13 @@ class Plan:
     """Padded tokens of one forward (and backward) pass."""
     kv_token_budget: int
     """Tokens of keys and values held while sampling."""
+    one_completion: int
+    """Padded tokens of one completion after its prompt, the least that a pass or a cache can hold."""
     reduced: tuple[str, ...]
     """Budgets that were made smaller so that the run fits."""
     phases: tuple[Phase, ...]
     two_copies_bytes: int
-    """What two 16-bit copies of the whole checkpoint, policy and reference, would take before anything is computed."""
+    """What two unquantised copies of the whole checkpoint, policy and reference, would take before anything is computed."""
     batch_size: int
     num_generations: int
     gradient_accumulation_steps: int
@@ -137,6 +141,8 @@ class Plan:
         peak, limit = self.peak, self.limit_bytes
         if self.fits:
             lines = [f"fits: about {_gib(peak.total)} GiB in {peak.name}, {_gib(limit - peak.total)} GiB below the limit"]
+            if peak.total > (1 - ERROR) * limit:
+                lines.append(f"  nearer to the limit than the plan's own error, {ERROR:.0%}: it may run out of memory")
         else:
             lines = [f"DOES NOT FIT: about {_gib(peak.total)} GiB in {peak.name}, {_gib(peak.total - limit)} GiB above the limit"]
             lines += _suggestion_lines(self.suggestions)
@@ -145,15 +151,24 @@ class Plan:
         return [*lines, "one base serves as policy, reference and reward;", f"  {copies}"]
 
     def _counts(self) -> list[str]:
-        cut = {name: ", made smaller to fit" if name in self.reduced else "" for name in ("token_budget", "kv_token_budget")}
         lines = [
-            f"one pass: {self.token_budget} tokens{cut['token_budget']}",
-            f"keys and values while sampling: {self.kv_token_budget} tokens{cut['kv_token_budget']}",
+            f"memory.token_budget: {self.token_budget} tokens a pass{self._remark('token_budget', self.token_budget)}",
+            f"memory.kv_token_budget: {self.kv_token_budget} tokens while sampling{self._remark('kv_token_budget', self.kv_token_budget)}",
         ]
         updates = self._updates_per_epoch()
         if updates is not None:
             lines.append(f"{self.num_prompts} prompts: {updates} updates per epoch")
+        if self.card.kind == "cuda":
+            lines.append("Memory: counted from the code; not yet measured on a GPU.")
         return [*lines, "Time: not known until steps have run."]
+
+    def _remark(self, name: str, tokens: int) -> str:
+        """What a reader must know of a budget."""
+        if tokens < self.one_completion:
+            return f"; one completion at a time, up to {self.one_completion}"
+        if name in self.reduced:
+            return ", made smaller to fit" if self.fits else ", at its smallest"
+        return ""
 
     def _updates_per_epoch(self) -> int | None:
         per_update = self.batch_size * self.gradient_accumulation_steps
