@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -198,6 +202,48 @@ def test_anything_unexpected_ends_with_1_and_names_its_type_and_the_way_to_the_t
     error = raised(KeyError("\x1b[2J"))
     assert exit_code(error) == Exit.RUNTIME
     assert explained(error).splitlines() == ["error: KeyError: '\\x1b[2J'", "  Run again with --debug for the whole trace."]
+
+
+# ---- where the text goes
+
+
+def program(words: str, *, stdout: str = "", cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The console script in a shell, its output sent to `stdout`."""
+    line = f"{sys.executable} -m gemma_grpo.cli {words} {stdout}"
+    settings = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environment}
+    return subprocess.run(line, shell=True, env=settings, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_path_that_the_terminal_cannot_show_is_spelled_out(tmp_path: Path, tiny_model_dir: Path) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "modèle")
+    done = program("plan miniature model_name=modèle", cwd=tmp_path, LC_ALL="C", PYTHONUTF8="1", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "mod\\xe8le" in done.stdout
+    refused = program("plan miniature model_name=./là", cwd=tmp_path, PYTHONUTF8="1", PYTHONIOENCODING="ascii")
+    assert refused.returncode == 2
+    assert refused.stderr == "error: ./l\\xe0: no such folder.\n  Check the path.\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full, as Linux has it")
+@pytest.mark.parametrize("words", ["plan miniature", "recipes list"])
+def test_output_that_cannot_be_written_is_an_error_with_its_remedy(words: str) -> None:
+    done = program(words, stdout="> /dev/full")
+    assert done.returncode == 1
+    first, remedy = done.stderr.splitlines()
+    assert first == "error: the output takes no more (No space left on device)."
+    assert remedy == "  Make room, or write to another disk: output_dir=FOLDER for a run, `> FILE` for what is printed."
+
+
+def test_nobody_reading_the_output_is_no_error_to_talk_about() -> None:
+    assert program("plan miniature", stdout="| true").stderr == ""
+    closed = program("plan miniature", stdout=">&-")
+    assert (closed.returncode, closed.stderr) == (0, "")
+
+
+def test_a_file_on_a_full_disk_is_named() -> None:
+    error = raised(OSError(errno.ENOSPC, "No space left on device", "runs/a/events.jsonl"))
+    assert exit_code(error) == Exit.RUNTIME
+    assert explained(error).splitlines()[0] == "error: runs/a/events.jsonl takes no more (No space left on device)."
 
 
 # ---- what is printed at the end

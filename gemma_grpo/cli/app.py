@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from gemma_grpo.cli import data, demo, doctor, plan, recipes, training
-from gemma_grpo.cli.errors import Exit, report
+from gemma_grpo.cli.errors import Exit, output_error, report
 
 _INTERRUPTED = 130
 """What typer makes of a KeyboardInterrupt."""
@@ -25,7 +25,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("doctor")(doctor.doctor)
-app.command("plan")(plan.plan)
 app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
@@ -61,7 +60,9 @@ def run(arguments: Sequence[str]) -> int:
     except SystemExit as end:  # stdout was closed, such as by `| head`
         code = end.code
     except Exception as error:
-        return report(error, debug=debug)
+        return report(output_error() or error, debug=debug)
+    if (unwritten := output_error()) is not None:
+        return Exit.RUNTIME if isinstance(unwritten, BrokenPipeError) else report(unwritten, debug=debug)
     if code == _INTERRUPTED:
         print("error: stopped.\n  What was written so far is in the run directory.", file=sys.stderr)
         return Exit.STOPPED
@@ -74,5 +75,8 @@ def _interrupt(number: int, frame: object) -> None:
 
 def main() -> None:
     """The console script. A termination is handled as Ctrl+C is: files are closed, and the exit code tells."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not where the stream is closed
+            stream.reconfigure(errors="backslashreplace")  # a name in a path must not end a run on a terminal that cannot show it
     signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(run(sys.argv[1:]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import sys
 import traceback
@@ -12,6 +14,7 @@ from typing import Any, TypeGuard
 from gemma_grpo.access import AccessError
 from gemma_grpo.config import ConfigError, printable
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PACKAGE = str(Path(__file__).resolve().parents[1])
 
 
@@ -57,6 +60,9 @@ def explained(error: BaseException) -> str:
         first, rest = error.what, list(error.steps)
     elif (isinstance(error, (ValueError, ArithmeticError)) or "DoesNotFitError" in _names(error)) and _raised_here(error):
         first, rest = _sentences(str(error))
+    elif isinstance(error, OSError) and error.errno in _FULL:
+        first = f"{error.filename or 'a file'} takes no more ({error.strerror})."
+        rest = ["Make room, or write to another disk: output_dir=FOLDER for a run, `> FILE` for what is printed.", *(() if error.filename else _place(error))]
     else:
         first, rest = f"{type(error).__name__}: {error}", [*_place(error), "Run again with --debug for the whole trace."]
     return "\n".join([f"error: {printable(first)}", *(f"  {printable(line)}" for text in rest for line in text.splitlines())])
@@ -71,6 +77,17 @@ def report(error: BaseException, *, debug: bool) -> Exit:
         return Exit.USAGE
     print(explained(error), file=sys.stderr)
     return exit_code(error)
+
+
+def output_error() -> OSError | None:
+    """What keeps the printed text from being written, None when all of it is; nothing is tried again after that."""
+    try:
+        if sys.stdout is not None:  # closed from the start: nothing was printed either
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OSError(error.errno, error.strerror, "the output")  # a BrokenPipeError stays one
+    return None
 
 
 def _names(error: BaseException) -> set[str]:
