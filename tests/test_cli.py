@@ -227,15 +227,18 @@ def test_a_path_that_the_terminal_cannot_show_is_spelled_out(tmp_path: Path, tin
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full, as Linux has it")
 @pytest.mark.parametrize("words", ["plan miniature", "recipes list"])
 def test_output_that_cannot_be_written_is_an_error_with_its_remedy(words: str) -> None:
-    done = program(words, stdout="> /dev/full")
+    done = program(words, stdout="> /dev/full", PYTHONUNBUFFERED="")
     assert done.returncode == 1
-    first, remedy = done.stderr.splitlines()
-    assert first == "error: the output takes no more (No space left on device)."
+    assert done.stderr.splitlines()[:1] == ["error: the output takes no more (No space left on device)."]
+    unbuffered = program(words, stdout="> /dev/full", PYTHONUNBUFFERED="1")
+    assert unbuffered.returncode == 1
+    assert unbuffered.stderr.startswith("error: the output or a file takes no more (No space left on device).\n")
+    (remedy,) = done.stderr.splitlines()[1:]
     assert remedy == "  Make room, or write to another disk: output_dir=FOLDER for a run, `> FILE` for what is printed."
 
 
 def test_nobody_reading_the_output_is_no_error_to_talk_about() -> None:
-    assert program("plan miniature", stdout="| true").stderr == ""
+    assert program("plan miniature", stdout="| true", PYTHONUNBUFFERED="").stderr == ""
     closed = program("plan miniature", stdout=">&-")
     assert (closed.returncode, closed.stderr) == (0, "")
 

@@ -61,8 +61,9 @@ def explained(error: BaseException) -> str:
     elif (isinstance(error, (ValueError, ArithmeticError)) or "DoesNotFitError" in _names(error)) and _raised_here(error):
         first, rest = _sentences(str(error))
     elif isinstance(error, OSError) and error.errno in _FULL:
-        first = f"{error.filename or 'a file'} takes no more ({error.strerror})."
-        rest = ["Make room, or write to another disk: output_dir=FOLDER for a run, `> FILE` for what is printed.", *(() if error.filename else _place(error))]
+        first = f"{error.filename or 'the output or a file'} takes no more ({error.strerror})."
+        remedy = "Make room, or write to another disk: output_dir=FOLDER for a run, `> FILE` for what is printed."
+        rest = [remedy] if error.filename else [remedy, *_place(error)]
     else:
         first, rest = f"{type(error).__name__}: {error}", [*_place(error), "Run again with --debug for the whole trace."]
     return "\n".join([f"error: {printable(first)}", *(f"  {printable(line)}" for text in rest for line in text.splitlines())])
