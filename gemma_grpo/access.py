@@ -29,6 +29,10 @@ KNOWN_NAMES = {"model": (MINIATURE, *known_shapes()), "dataset": ("Anthropic/hh-
 """For "did you mean": a wrong name must be answered without asking anybody."""
 
 _NO_ACCOUNT = "No account? `gemma-grpo demo` needs none."
+_NO_CHECKPOINT = (
+    "{name} holds no config.json with .safetensors weights, and nothing else is read (no .bin, .pt, .gguf). "
+    "Use a repository of the original weights, such as google/gemma-3-1b-it."
+)
 _SCOPE = "Read access to contents of all public gated repos you can access"
 _TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 
@@ -70,6 +74,24 @@ def checkpoint_folder(name: str, *, weights: bool = True) -> Path:
     return cached
 
 
+def config_file(name: str) -> Path:
+    """A checkpoint's config.json alone: what a plan needs. Found as checkpoint_folder finds the rest, and refused as it refuses.
+
+    In a local folder the file may be missing: whoever reads it says so.
+    """
+    if (folder := local_folder(name)) is not None:
+        return folder / "config.json"
+    problem = access_problem(name)
+    if problem is None:
+        return _download_config(name)
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json")
+    if not isinstance(cached, str):
+        raise problem
+    return Path(cached)
+
+
 def local_folder(name: str) -> Path | None:
     """The folder of a local checkpoint or of "miniature", None for what can only be a Hub id. Asks nobody.
 
@@ -107,7 +129,8 @@ def cached_folder(name: str, *, weights: bool = True) -> Path | None:
         folder = Path(snapshot_download(name, local_files_only=True, **_files(weights)))
     except LocalEntryNotFoundError:
         return None
-    return folder if _is_complete(folder, weights) else None
+    words = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
+    return folder if words and _is_complete(folder, weights) else None
 
 
 def access_problem(name: str, kind: Kind = "model", *, timeout: float = 10.0) -> AccessError | None:
@@ -132,10 +155,15 @@ def hub_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
 
 
 def offline() -> bool:
-    """Whether HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) forbids asking."""
+    """Whether a variable forbids asking: see offline_variable."""
     from huggingface_hub import constants
 
     return constants.HF_HUB_OFFLINE
+
+
+def offline_variable() -> str:
+    """Which variable forbids asking, for texts that say what to unset."""
+    return "TRANSFORMERS_OFFLINE" if os.environ.get("TRANSFORMERS_OFFLINE") and not os.environ.get("HF_HUB_OFFLINE") else "HF_HUB_OFFLINE"
 
 
 def logged_in() -> bool:
@@ -162,17 +190,32 @@ def _download(name: str, *, weights: bool) -> Path:
     with _told_as_access_error(name):
         folder = Path(snapshot_download(name, **_files(weights)))
     if not _is_complete(folder, weights):
-        raise ValueError(
-            f"{name} holds no config.json with .safetensors weights, and nothing else is read (no .bin, .pt, .gguf). "
-            "Use a repository of the original weights, such as google/gemma-3-1b-it."
-        )
+        raise ValueError(_NO_CHECKPOINT.format(name=name))
     return folder
+
+
+def _download_config(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars  # type: ignore[attr-defined]
+
+    hidden = are_progress_bars_disabled()
+    disable_progress_bars()  # for a kilobyte
+    try:
+        with _told_as_access_error(name):
+            return Path(hf_hub_download(name, "config.json"))
+    finally:
+        if not hidden:
+            enable_progress_bars()
 
 
 @contextmanager
 def _told_as_access_error(name: str) -> Iterator[None]:
+    from huggingface_hub.errors import EntryNotFoundError
+
     try:
         yield
+    except EntryNotFoundError:
+        raise ValueError(_NO_CHECKPOINT.format(name=name)) from None
     except hub_errors(RuntimeError) as error:  # RuntimeError: what hf_xet raises when a transfer breaks off
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise AccessError(
@@ -194,11 +237,9 @@ def _files(weights: bool) -> dict[str, Any]:
 
 def _is_complete(folder: Path, weights: bool) -> bool:
     """Whether the files are there; the versions of huggingface_hub differ in what they call a snapshot."""
-    if not (folder / "config.json").is_file():
-        return False
-    index = folder / "model.safetensors.index.json"
-    if not weights:
-        return True
+    index, has_config = folder / "model.safetensors.index.json", (folder / "config.json").is_file()
+    if not has_config or not weights:
+        return has_config
     if not index.is_file():
         return any(folder.glob("*.safetensors"))
     shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()
@@ -324,8 +365,9 @@ def _other(name: str, user: str, status: int, message: str) -> AccessError:
 
 
 def _offline(name: str, kind: Kind) -> AccessError:
-    what = f"HF_HUB_OFFLINE=1 and {name} is not in {in_home(cache_dir())}, or not all of it."
-    return AccessError(what, *_fetch_steps(name, kind))
+    variable = offline_variable()
+    what = f"{variable}={os.environ.get(variable, 1)} and {name} is not in {in_home(cache_dir())}, or not all of it."
+    return AccessError(_did_you_mean(name, kind) + what, *_fetch_steps(name, kind, f"Unset {variable} and run once online:"))
 
 
 def _unreachable(name: str, kind: Kind, what: str) -> AccessError:
@@ -334,18 +376,24 @@ def _unreachable(name: str, kind: Kind, what: str) -> AccessError:
     parts = urlsplit(constants.ENDPOINT)  # without a user and password that may stand in it
     host = f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}" if parts.hostname else constants.ENDPOINT
     both = f"{name} is not in {in_home(cache_dir())}, or not all of it, and {host} {what}."
-    return AccessError(both, "Check the network (and HF_ENDPOINT, HTTPS_PROXY where you set them).", *_fetch_steps(name, kind))
+    check = "Check the network (and HF_ENDPOINT, HTTPS_PROXY where you set them)."
+    return AccessError(_did_you_mean(name, kind) + both, check, *_fetch_steps(name, kind, "Run once online:"))
 
 
-def _fetch_steps(name: str, kind: Kind) -> list[str]:
-    near = "" if name in KNOWN_NAMES[kind] else _did_you_mean(name, kind).rstrip()
-    if kind == "dataset":
-        steps = [f"Run once online: gemma-grpo data stats {name}", "Or give a file of this machine."]
-    else:
-        steps = [f"Run once online: hf download {name}", "Or give a folder of this machine.", _NO_ACCOUNT]
-    return [near, *steps] if near else steps
+def _fetch_steps(name: str, kind: Kind, when: str) -> list[str]:
+    """How to get the files; of the name that was probably meant, since a wrong one cannot be downloaded."""
+    meant = [*_near(name, kind), name][0]
+    doubt = "" if meant == name else f"    (or {name}, if that is right)"
+    fetch = f"{when} {'hf download' if kind == 'model' else 'gemma-grpo data stats'} {meant}{doubt}"
+    here = ["Or give a folder of this machine.", _NO_ACCOUNT] if kind == "model" else ["Or give a file of this machine."]
+    return [f"{MINIATURE} ships with the package: nothing is downloaded for it."] if meant == MINIATURE else [fetch, *here]
 
 
 def _did_you_mean(name: str, kind: Kind) -> str:
-    near = sorted(get_close_matches(name, KNOWN_NAMES[kind], n=2), key=lambda known: not known.endswith("-it"))
-    return f"Did you mean {' or '.join(near)}? " if near else ""
+    return f"Did you mean {' or '.join(near)}? " if (near := _near(name, kind)) else ""
+
+
+def _near(name: str, kind: Kind) -> list[str]:
+    """Known names that a wrong one resembles, nearest kind first; none for a known name, which is no misspelling."""
+    near = [] if name in KNOWN_NAMES[kind] else get_close_matches(name, KNOWN_NAMES[kind], n=2)
+    return sorted(near, key=lambda known: not known.endswith("-it"))
