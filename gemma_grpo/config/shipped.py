@@ -17,13 +17,15 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def find_recipe(recipe: str | Path) -> Path:
-    """The file of a recipe given as a path or as a shipped recipe's name. Raises ConfigError, naming the nearest, when it is neither."""
-    path = Path(recipe)
+    """The file of a recipe given as a path or as a shipped recipe's name. Raises ConfigError, naming the nearest, when it is neither.
+
+    A file here hides a shipped recipe of its name, a folder does not: it can be no recipe.
+    """
+    path, shipped = Path(recipe), shipped_recipes()
+    if str(recipe) in shipped and not path.is_file():
+        return shipped[path.name]
     if path.exists() or len(path.parts) != 1 or path.suffix in (".yaml", ".yml"):
         return path
-    shipped = shipped_recipes()
-    if path.name in shipped:
-        return shipped[path.name]
     near = difflib.get_close_matches(path.name, shipped, n=1)
     hint = f"Did you mean {near[0]!r}? " if near else ""
     what = f"no such recipe. {hint}Shipped are {', '.join(shipped)}; or give a file's path."

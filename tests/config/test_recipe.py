@@ -271,6 +271,16 @@ def test_the_reference_configuration_is_the_one_promised() -> None:
     assert (config.planning_steps, config.lora.r, config.lora.target_modules, config.epochs) == (2, 8, ("q_proj", "v_proj"), 2.0)
 
 
+def test_a_folder_named_like_a_shipped_recipe_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gemma3-1b").mkdir()
+    assert load_recipe("gemma3-1b").model_name == "google/gemma-3-1b-it"
+    with pytest.raises(ConfigError, match="is a folder; a recipe is a YAML file"):
+        load_recipe("./gemma3-1b")
+    (tmp_path / "miniature").write_text("seed: 77\n", encoding="utf-8")
+    assert load_recipe("miniature").seed == 77, "a file is somebody's own recipe"
+
+
 def test_an_unknown_recipe_gets_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match=r"^miniatur: no such recipe\. Did you mean 'miniature'\?"):
         find_recipe("miniatur")
