@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,14 +69,19 @@ def known_cards() -> dict[str, Card]:
 
 
 def named_card(short: str) -> Card:
-    """A known card by its short name, in any case. Raises ValueError with the nearest names."""
-    known = known_cards()
-    name = short.lower().replace(" ", "").replace("_", "-")
-    if name not in known:
-        variants = [each for each in known if each.startswith(name)]
-        nearest = variants or get_close_matches(name, known, n=3) or list(known)
-        raise ValueError(f"no card is known as {short}. Try {', '.join(nearest)}, or leave it out for the card present.")
-    return known[name]
+    """A known card by its short or full name, whatever its case and punctuation; "cpu" for this machine.
+
+    Raises ValueError with the nearest names.
+    """
+    known, name = known_cards(), _letters(short).removeprefix("nvidia")
+    if name == "cpu":
+        return this_machine()
+    for each, card in known.items():
+        if name in (_letters(each), _letters(card.name)):
+            return card
+    variants = [each for each, card in known.items() if _letters(each).startswith(name) or _letters(card.name).startswith(name)]
+    nearest = variants or get_close_matches(name, known, n=3) or list(known)
+    raise ValueError(f"no card is known as {short or repr(short)}. Try {', '.join(nearest)}, cpu, or leave it out for the card present.")
 
 
 def present_card() -> Card:
@@ -103,6 +109,10 @@ def this_machine(root: Path = Path("/")) -> Card:
         raise ValueError("how much memory this machine has cannot be read. Name a card: `gemma-grpo plan RECIPE --card t4`.")
     total = min(limits)
     return Card("CPU", "cpu", total - min(CPU_RESERVE, total // 10), native_bf16=False)
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def _nominal(name: str, gib: float, capability: tuple[int, int]) -> Card:

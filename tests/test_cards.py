@@ -62,11 +62,30 @@ def test_every_known_card_has_a_little_less_than_its_name_says() -> None:
 
 
 def test_an_unknown_card_is_refused_with_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"no card is known as a100. Try a100-40, a100-80, or leave it out"):
+    with pytest.raises(ValueError, match=r"no card is known as a100. Try a100-40, a100-80, cpu, or leave it out"):
         named_card("a100")
     with pytest.raises(ValueError, match=r"no card is known as rtx309. Try rtx3090"):
         named_card("rtx309")
     assert named_card("A100_40") == known_cards()["a100-40"]
+
+
+@pytest.mark.parametrize("name", ["Tesla T4", "tesla-t4", "NVIDIA Tesla T4", "T4 "])
+def test_a_card_goes_by_its_full_name_too(name: str) -> None:
+    assert named_card(name) == known_cards()["t4"]
+
+
+def test_every_card_is_found_by_both_its_names_and_no_two_share_one() -> None:
+    for short, card in known_cards().items():
+        assert named_card(short) == named_card(card.name) == card
+
+
+def test_cpu_is_this_machine() -> None:
+    assert named_card("cpu") == named_card("CPU") == this_machine()
+
+
+def test_no_name_is_no_card() -> None:
+    with pytest.raises(ValueError, match=r"no card is known as ''. Try p100, .*h200, cpu, or leave it out"):
+        named_card("")
 
 
 def test_a_gpu_is_found_by_the_drivers_program(nvidia_smi) -> None:

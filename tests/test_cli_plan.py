@@ -53,6 +53,7 @@ def test_a_folder_is_planned_by_its_config(tiny_model_dir: Path, capsys: pytest.
     ("words", "message"),
     [
         (["plan", "miniature", "--card", "t5"], "no card is known as t5."),
+        (["plan", "miniature", "--card", ""], "no card is known as ''."),
         (["plan", "miniature", "batch_size=0"], "1 problem in the settings:"),
         (["plan", "gemma3-4b", "--card", "t4"], "precision is bf16, but Tesla T4 has no bfloat16 units"),
         (["plan", "no-such-recipe"], "no-such-recipe"),

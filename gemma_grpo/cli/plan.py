@@ -17,12 +17,12 @@ from gemma_grpo.planner import find_shape, plan_run
 def plan(
     recipe: Recipe,
     overrides: Overrides = None,
-    card: Annotated[str | None, typer.Option("--card", help="Plan for this card, such as t4 or a100-80; default: the one present.")] = None,
+    card: Annotated[str | None, typer.Option("--card", help="Plan for t4, a100-80, cpu, ...; default: the card present.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, sizes in bytes.")] = False,
 ) -> None:
     """Show what a run will hold in memory, phase by phase, and whether it fits: exit code 3 if not. Loads no model."""
     config = load_recipe(recipe, parse_overrides(overrides or [], recipe))
-    planned = plan_run(config, find_shape(config.model_name), named_card(card) if card else present_card())
+    planned = plan_run(config, find_shape(config.model_name), present_card() if card is None else named_card(card))
     print(json.dumps(planned.to_dict(), indent=2) if as_json else planned)
     if not planned.fits:
         raise typer.Exit(Exit.PREFLIGHT)
