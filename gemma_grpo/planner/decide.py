@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from gemma_grpo.access import checkpoint_folder
+from gemma_grpo.access import config_file
 from gemma_grpo.cards import GIB, Card, known_cards
 from gemma_grpo.config.schema import GRPOConfig
 from gemma_grpo.planner.phases import PROGRAM, Budgets, Phase, Run
@@ -31,7 +31,7 @@ def find_shape(model_name: str) -> ModelShape:
 
     Raises AccessError when that cannot be had, ValueError when it is no Gemma 3.
     """
-    return shape_of(model_name if model_name in known_shapes() else str(checkpoint_folder(model_name, weights=False)))
+    return shape_of(model_name if model_name in known_shapes() else str(config_file(model_name).parent))
 
 
 def plan_run(
