@@ -110,6 +110,15 @@ def test_a_multimodal_checkpoint_gives_its_text_decoder(multimodal: Any, tmp_pat
     assert not [name for name, _ in loaded.causal_lm.named_parameters() if "vision" in name]
 
 
+def test_the_shards_that_transformers_writes_are_read(multimodal: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    model, _ = multimodal
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    tokenizer.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path).causal_lm(IDS).logits, model(input_ids=IDS).logits)
+
+
 def test_loading_a_multimodal_checkpoint_does_not_list_its_vision_tower(multimodal: Any, capfd: pytest.CaptureFixture[str]) -> None:
     load(multimodal[1])
     captured = capfd.readouterr()
