@@ -9,14 +9,15 @@ import csv
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+T = TypeVar("T")
 GIB, MIB = 2**30, 2**20
 BF16_CAPABILITY = (8, 0)
 """Compute capability of the first cards with bfloat16 units (Ampere); older ones emulate it."""
@@ -92,11 +93,21 @@ def present_card() -> Card:
 
 def present_gpu() -> Card | None:
     """The first visible NVIDIA GPU, asked through NVML where nvidia-ml-py is installed, else through nvidia-smi; None without one."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    first = "0" if visible is None else visible.split(",")[0].strip()
-    if first in ("", "-1"):
-        return None
-    return _by_nvml(first) or _by_nvidia_smi(first)
+    first = _first_visible()
+    return None if first is None else _ask_nvml(first, _nvml_card) or _by_nvidia_smi(first)
+
+
+def bytes_in_use(card: Card, root: Path = Path("/")) -> int:
+    """How much of the usable memory of the card present other programs hold at this moment; 0 where that is not told."""
+    if card.kind == "cpu":
+        available = next(_meminfo(root, "MemAvailable"), card.usable_bytes)
+        return max(0, card.usable_bytes - available)
+    first = _first_visible() or "0"
+    used = _ask_nvml(first, _nvml_used)
+    if used is None:
+        answer = (_ask_nvidia_smi(first, "memory.used") or "").strip()
+        used = int(answer) * MIB if answer.isdigit() else 0
+    return used
 
 
 def this_machine(root: Path = Path("/")) -> Card:
@@ -127,7 +138,15 @@ def _torch_is_cpu_only() -> bool:
         return False
 
 
-def _by_nvml(first: str) -> Card | None:
+def _first_visible() -> str | None:
+    """Number or UUID of the first GPU that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    first = "0" if visible is None else visible.split(",")[0].strip()
+    return None if first in ("", "-1") else first
+
+
+def _ask_nvml(first: str, question: Callable[[Any, Any], T]) -> T | None:
+    """`question` of NVML and the device; None without nvidia-ml-py, a driver or an answer."""
     try:
         nvml: Any = import_module("pynvml")  # of nvidia-ml-py, which need not be there
     except ImportError:
@@ -138,29 +157,40 @@ def _by_nvml(first: str) -> Card | None:
         return None
     try:
         handle = nvml.nvmlDeviceGetHandleByIndex(int(first)) if first.isdigit() else nvml.nvmlDeviceGetHandleByUUID(first)
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
-        name = nvml.nvmlDeviceGetName(handle)
-        major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-        return Card(
-            str(name), "cuda", int(memory.total - memory.reserved), (major, minor) >= BF16_CAPABILITY, capability=(int(major), int(minor))
-        )
+        return question(nvml, handle)
     except (nvml.NVMLError, ValueError, AttributeError):
         return None
     finally:
         nvml.nvmlShutdown()
 
 
+def _nvml_card(nvml: Any, handle: Any) -> Card:
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
+    major, minor = (int(part) for part in nvml.nvmlDeviceGetCudaComputeCapability(handle))
+    usable = int(memory.total - memory.reserved)
+    return Card(str(nvml.nvmlDeviceGetName(handle)), "cuda", usable, (major, minor) >= BF16_CAPABILITY, capability=(major, minor))
+
+
+def _nvml_used(nvml: Any, handle: Any) -> int:
+    return int(nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2).used)  # of version 2: without the driver's reserve
+
+
 def _by_nvidia_smi(first: str) -> Card | None:
     """By the driver's own program. `memory.reserved` is the driver's part, which CUDA does not report; older drivers have no such field."""
     for fields in ("name,memory.total,compute_cap,memory.reserved", "name,memory.total,compute_cap"):
-        command = ["nvidia-smi", f"--id={first}", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if done.returncode == 0:
-            return _parsed(done.stdout)
+        if (answer := _ask_nvidia_smi(first, fields)) is not None:
+            return _parsed(answer)
     return None
+
+
+def _ask_nvidia_smi(first: str, fields: str) -> str | None:
+    """The line of these fields; None without the program or where it refuses."""
+    command = ["nvidia-smi", f"--id={first}", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
 
 
 def _parsed(answer: str) -> Card | None:
@@ -175,13 +205,18 @@ def _parsed(answer: str) -> Card | None:
 
 
 def _total_memory(root: Path) -> Iterator[int]:
+    yield from _meminfo(root, "MemTotal")
+    if not (root / "proc/meminfo").exists() and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:  # macOS
+        yield os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _meminfo(root: Path, name: str) -> Iterator[int]:
     try:
         for line in (root / "proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemTotal:"):
+            if line.startswith(f"{name}:"):
                 yield int(line.split()[1]) * 1024
     except OSError:
-        if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:  # macOS
-            yield os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return
 
 
 def _cgroup_limits(root: Path) -> Iterator[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import shlex
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -17,8 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from gemma_grpo.access import access_problem, cache_dir, cached_folder, in_home, local_folder, logged_in, offline
-from gemma_grpo.cards import Card, present_gpu, this_machine
+from gemma_grpo.access import access_problem, cache_dir, cached_folder, in_home, local_folder, logged_in, offline, offline_variable
+from gemma_grpo.cards import Card, bytes_in_use, present_gpu, this_machine
 from gemma_grpo.config import GRPOConfig, load_recipe, printable, shipped_recipes
 from gemma_grpo.data.chat import BOS_ID, END_OF_TURN_ID, EOS_ID, START_OF_TURN_ID, STOP_IDS
 from gemma_grpo.planner.decide import numbers_of
@@ -26,6 +27,8 @@ from gemma_grpo.shapes import MINIATURE, ModelShape, known_shapes, shape_of
 
 GIB = 2**30
 SMALL_GPU = 8 * GIB
+WORTH_TELLING = 0.1
+"""Memory in use by others is told from this share of the whole on."""
 HUB_TIMEOUT = 3.0
 """Seconds the Hub gets for an answer: the line is worth a wait, not a long one."""
 CUDA_INSTALL = "pip install --upgrade --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"
@@ -50,8 +53,10 @@ class Check:
 class Diagnosis:
     """The checks in order. `str` is the screen; `ok` is False when any failed."""
 
-    def __init__(self, checks: list[Check]) -> None:
+    def __init__(self, checks: list[Check], recipe: str = "RECIPE") -> None:
         self.checks = tuple(checks)
+        self.recipe = recipe
+        """What was asked about, where that was a recipe."""
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{sum(check.status == status for check in self.checks)} {status}" for status in ("ok", "note", "fail"))
@@ -85,7 +90,7 @@ class Diagnosis:
         if failed:
             yield f"  {failed} failed. Mend {'it' if failed == 1 else 'them'} and ask again."
         elif any(check.name == "model" for check in self.checks):
-            yield "  Next: gemma-grpo plan RECIPE, which says whether it fits this machine"
+            yield f"  Next: gemma-grpo plan {shlex.quote(self.recipe)}    (whether it fits this machine)"
         else:
             yield "  Next: gemma-grpo demo, or gemma-grpo doctor google/gemma-3-1b-it"
 
@@ -107,20 +112,24 @@ def diagnose(asked: str | None = None, *, deep: bool = False) -> Diagnosis:
     config = settings_of(asked)
     gpu, build = present_gpu(), torch_build()
     card = gpu if gpu is not None and build not in ("", "cpu") else this_machine()
-    checks = [python_check(), *package_checks(), torch_check(build, gpu), card_check(gpu, card), precision_check(config, card, gpu)]
+    checks = [python_check(), *package_checks(), torch_check(build, gpu), card_check(gpu, card, bytes_in_use(gpu or card))]
+    checks.append(precision_check(config, card, gpu))
     checks.append(bitsandbytes_check(config.quantization, _version("bitsandbytes")))
     checks += login_checks() if asked is None else model_checks(config.model_name)
     if deep:
-        checks.append(_agreement_check(config))
-    return Diagnosis(checks)
+        checks.append(_agreement_check(config, asked))
+    return Diagnosis(checks, asked) if asked is not None and _is_recipe(asked) else Diagnosis(checks)
 
 
 def settings_of(asked: str | None) -> GRPOConfig:
     """The settings of a recipe, or the defaults around a model's name."""
     if asked is None:
         return GRPOConfig()
-    is_recipe = asked.endswith((".yaml", ".yml")) or (asked in shipped_recipes() and not Path(asked).is_dir())
-    return load_recipe(asked) if is_recipe else GRPOConfig(model_name=asked)
+    return load_recipe(asked) if _is_recipe(asked) else GRPOConfig(model_name=asked)
+
+
+def _is_recipe(asked: str) -> bool:
+    return asked.endswith((".yaml", ".yml")) or asked in shipped_recipes()
 
 
 # ---- packages
@@ -183,14 +192,18 @@ def torch_check(build: str, gpu: Card | None) -> Check:
 # ---- the device
 
 
-def card_check(gpu: Card | None, card: Card) -> Check:
-    """The GPU, or that there is none and what follows."""
-    if gpu is not None:
-        status: Status = "note" if gpu.usable_bytes < SMALL_GPU else "ok"
-        text = f"{gpu.name}, {gpu.usable_bytes / GIB:.1f} GiB usable, compute {'.'.join(map(str, gpu.capability or ('unknown',)))}"
-        return Check("device", status, text + ("; small: plan with quantization=nf4" if status == "note" else ""), facts=asdict(gpu))
-    text = f"No GPU ({card.usable_bytes / GIB:.1f} GiB of memory). Real Gemma 3 training needs one with 8 GB or more"
-    return Check("device", "note", f"{text}; `gemma-grpo demo` works here.", facts=asdict(card))
+def card_check(gpu: Card | None, card: Card, in_use: int) -> Check:
+    """The GPU, or that there is none and what follows; and how many bytes of the memory that plans count on are not free now."""
+    device = gpu or card
+    taken = f"; {in_use / GIB:.1f} GiB of it are in use now" if in_use > WORTH_TELLING * device.usable_bytes else ""
+    facts = asdict(device) | {"in_use": in_use}
+    if gpu is None:
+        text = f"No GPU ({card.usable_bytes / GIB:.1f} GiB of memory{taken}). Real Gemma 3 training needs one with 8 GB or more"
+        return Check("device", "note", f"{text}; `gemma-grpo demo` works here.", facts=facts)
+    small = "; small: plan with quantization=nf4" if gpu.usable_bytes < SMALL_GPU else ""
+    compute = ".".join(map(str, gpu.capability or ("unknown",)))
+    text = f"{gpu.name}, compute {compute}, {gpu.usable_bytes / GIB:.1f} GiB usable{taken}{small}"
+    return Check("device", "note" if small or taken else "ok", text, facts=facts)
 
 
 _WHY = {
@@ -277,7 +290,7 @@ def _folder_checks(name: str, folder: Path, *, cached: bool) -> Iterator[Check]:
 
 def _hub_check(name: str, *, cached: bool) -> Check:
     if cached and offline():
-        return Check("hub", "note", "The Hub is not asked (HF_HUB_OFFLINE=1); the cached files are used")
+        return Check("hub", "note", f"The Hub is not asked ({offline_variable()} is set); the cached files are used")
     problem = access_problem(name, timeout=HUB_TIMEOUT)
     if problem is None:
         return Check("hub", "ok", f"The Hub lets you download {name}")
@@ -323,7 +336,7 @@ def _tokenizer_check(folder: Path) -> Check:
     return Check("tokenizer", "ok", text, facts={token: ids[token] for token in CONTROL_TOKENS})
 
 
-def _agreement_check(config: GRPOConfig) -> Check:
+def _agreement_check(config: GRPOConfig, asked: str | None) -> Check:
     try:
         here = local_folder(config.model_name) or cached_folder(config.model_name)
     except ValueError:
@@ -341,8 +354,11 @@ def _agreement_check(config: GRPOConfig) -> Check:
         f"{found.difference:.1e} nat at most over {found.tokens} tokens ({'within' if found.agrees else 'beyond'} the {found.limit:g} that "
         f"{found.dtype} rounding explains)"
     )
+    if not here and asked is not None:  # what was asked is not answered
+        text = f"{printable(config.model_name)} was not tried, because its files are not here. Instead, {text}"
     fix = () if found.agrees else ("Do not train here: report it with the output of `gemma-grpo doctor --deep --json`.",)
-    return Check("agreement", "ok" if found.agrees else "fail", text, fix, asdict(found))
+    status: Status = "fail" if not found.agrees else "ok" if here or asked is None else "note"
+    return Check("agreement", status, text, fix, asdict(found))
 
 
 # ---- small things

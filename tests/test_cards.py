@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-from gemma_grpo.cards import GIB, Card, known_cards, named_card, present_card, present_gpu, this_machine
+from gemma_grpo.cards import GIB, Card, bytes_in_use, known_cards, named_card, present_card, present_gpu, this_machine
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def nvmlDeviceGetHandleByIndex(index): return ("index", index)
 def nvmlDeviceGetHandleByUUID(uuid): return ("uuid", uuid)
 def nvmlDeviceGetName(handle): return "NVIDIA " + handle[0]
 def nvmlDeviceGetCudaComputeCapability(handle): return [8, 0]
-class Memory: total, reserved = 40 * 2**30, 2**29
+class Memory: total, reserved, used = 40 * 2**30, 2**29, 3 * 2**30
 def nvmlDeviceGetMemoryInfo(handle, version=None):
     assert version == nvmlMemory_v2
     return Memory
@@ -135,7 +136,9 @@ def test_nvml_is_asked_first_where_it_is_installed(nvidia_smi, tmp_path, monkeyp
     install_nvml(tmp_path, monkeypatch, broken=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert present_gpu() == Card(name, "cuda", 40 * GIB - GIB // 2, native_bf16=True, capability=(8, 0))
+    gpu = present_gpu()
+    assert gpu == Card(name, "cuda", 40 * GIB - GIB // 2, native_bf16=True, capability=(8, 0))
+    assert bytes_in_use(gpu) == 3 * GIB
     assert not asked.exists()
 
 
@@ -174,6 +177,23 @@ def test_only_what_this_process_may_see_counts(nvidia_smi, monkeypatch: pytest.M
 def test_a_torch_without_cuda_runs_on_the_machine_whatever_gpu_there_is(nvidia_smi) -> None:
     nvidia_smi("Tesla T4, 15360, 7.5, 448")
     assert present_card().kind == ("cpu" if version("torch").endswith("+cpu") else "cuda")
+
+
+@pytest.mark.parametrize(("answer", "mib"), [("5120", 5120), ("[N/A]", 0), ("", 0)])
+def test_what_others_hold_of_a_gpu_is_asked_of_the_drivers_program(nvidia_smi, answer: str, mib: int) -> None:
+    asked = nvidia_smi(answer)
+    assert bytes_in_use(named_card("t4")) == mib * 2**20
+    assert "--query-gpu=memory.used" in asked.read_text()
+
+
+def test_what_others_hold_of_a_machine_is_what_is_not_available(tmp_path: Path) -> None:
+    root = machine(tmp_path, 16 * 2**20)
+    card = this_machine(root)
+    assert bytes_in_use(card, root) == 0, "a system that does not tell"
+    with (root / "proc/meminfo").open("a", encoding="ascii") as file:
+        file.write(f"MemAvailable: {12 * 2**20} kB\n")
+    assert bytes_in_use(card, root) == 3 * GIB, "15 GiB are usable, 12 are available"
+    assert bytes_in_use(replace(card, usable_bytes=8 * GIB), root) == 0, "what a control group may use is there"
 
 
 def test_without_a_gpu_the_machine_is_the_card(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from hub_server import SECRET, Hub, Machine, Repository, Token, serving
 
 import gemma_grpo
 from gemma_grpo.agreement import Agreement
+from gemma_grpo.cards import GIB, Card
 from gemma_grpo.config import load_recipe
-from gemma_grpo.diagnosis import Check, Diagnosis, bitsandbytes_check, diagnose, disk_check, settings_of
+from gemma_grpo.diagnosis import Check, Diagnosis, bitsandbytes_check, card_check, diagnose, disk_check, settings_of
 from gemma_grpo.shapes import MINIATURE_DIR
 
 GEMMA = "google/gemma-3-1b-it"
@@ -186,7 +187,7 @@ def test_a_t4_gets_rescaled_fp16_and_the_reason(patient: Patient) -> None:
     checks = checks_of(screen)
     assert code == 0, "a T4 is a card to train on"
     assert "ok torch 2.9.1+cu128 (CUDA 12.8 build)" in checks
-    assert "ok Tesla T4, 14.7 GiB usable, compute 7.5" in checks
+    assert "ok Tesla T4, compute 7.5, 14.7 GiB usable" in checks
     assert (
         "note precision=auto takes fp16_rescaled: torch says bf16 works because it emulates it; the card has no bf16 units, "
         "and plain fp16 overflows on Gemma 3" in checks
@@ -219,7 +220,18 @@ def test_a_gpu_that_torch_cannot_use_is_told(patient: Patient) -> None:
 def test_a_small_card_is_pointed_to_4_bits(patient: Patient) -> None:
     patient.gpu("NVIDIA GeForce RTX 3050, 6144, 8.6, 200")
     patient.cuda_torch()
-    assert patient.line("note NVIDIA").endswith("5.8 GiB usable, compute 8.6; small: plan with quantization=nf4")
+    assert patient.line("note NVIDIA").endswith("compute 8.6, 5.8 GiB usable; small: plan with quantization=nf4")
+
+
+def test_memory_that_others_hold_is_told_from_a_tenth_on() -> None:
+    t4 = Card("Tesla T4", "cuda", 15 * GIB, native_bf16=False, capability=(7, 5))
+    free, taken = card_check(t4, t4, GIB), card_check(t4, t4, 4 * GIB)
+    assert (free.status, free.text) == ("ok", "Tesla T4, compute 7.5, 15.0 GiB usable")
+    assert (taken.status, taken.text) == ("note", "Tesla T4, compute 7.5, 15.0 GiB usable; 4.0 GiB of it are in use now")
+    assert taken.facts["in_use"] == 4 * GIB
+    machine = Card("CPU", "cpu", 15 * GIB, native_bf16=False)
+    assert card_check(None, machine, 4 * GIB).text.startswith("No GPU (15.0 GiB of memory; 4.0 GiB of it are in use now). Real ")
+    assert card_check(None, machine, GIB).text.startswith("No GPU (15.0 GiB of memory). Real ")
 
 
 def test_bitsandbytes_is_only_needed_for_nf4() -> None:
@@ -253,7 +265,7 @@ def test_a_model_in_the_cache_needs_no_hub(patient: Patient) -> None:
     code, screen = patient.doctor(GEMMA, HF_HUB_OFFLINE="1")
     assert code == 0
     assert f"ok {GEMMA} is in the cache: 1.7 M parameters in 1 .safetensors, 6.7 MB" in checks_of(screen)
-    assert "note The Hub is not asked (HF_HUB_OFFLINE=1); the cached files are used" in checks_of(screen)
+    assert "note The Hub is not asked (HF_HUB_OFFLINE is set); the cached files are used" in checks_of(screen)
     code, screen = patient.doctor(GEMMA, who="bob")
     assert code == 0
     (note,) = (check for check in checks_of(screen) if check.startswith("note The cached files are used; a new download would fail: "))
@@ -262,7 +274,7 @@ def test_a_model_in_the_cache_needs_no_hub(patient: Patient) -> None:
 
 def test_offline_and_wrong_names_fail_as_they_would_in_a_run(patient: Patient) -> None:
     offline = patient.line("fail", GEMMA, HF_HUB_OFFLINE="1")
-    assert offline.startswith(f"fail HF_HUB_OFFLINE=1 and {GEMMA} is not in ~/hf/hub, or not all of it. fix: Run once online: hf download")
+    assert offline.startswith(f"fail HF_HUB_OFFLINE=1 and {GEMMA} is not in ~/hf/hub, or not all of it. fix: Unset HF_HUB_OFFLINE and run")
     assert patient.line("fail", "./nowhere") == "fail ./nowhere: no such folder. Check the path."
     assert "Did you mean google/gemma-3-1b-it or google/gemma-3-1b-pt?" in patient.line("fail", "google/gemma-3-1b")
 
@@ -275,6 +287,12 @@ def test_a_recipe_stands_for_its_model_and_its_mistakes_are_those_of_train(patie
     assert settings_of("miniature") == load_recipe("miniature"), "a shipped recipe by its name"
     assert code == 2
     assert "Did you mean 'learning_rate'?" in screen
+
+
+def test_a_recipes_own_name_stands_in_the_next_command_and_a_folder_does_not_hide_it(patient: Patient) -> None:
+    (patient.home / "miniature").mkdir()
+    _, screen = patient.doctor("miniature")
+    assert screen.splitlines()[-1] == "  Next: gemma-grpo plan miniature    (whether it fits this machine)"
 
 
 def test_a_checkpoint_is_looked_into(checkpoint: Path) -> None:
@@ -346,7 +364,8 @@ def test_deep_compares_sampling_with_training_on_this_device() -> None:
 
 
 def test_deep_takes_the_miniature_where_the_asked_model_is_not_here(patient: Patient) -> None:
-    found = patient.line("ok miniature on", GEMMA, "--deep", who="ana")
+    found = patient.line(f"note {GEMMA} was not tried", GEMMA, "--deep", who="ana")
+    assert found.startswith(f"note {GEMMA} was not tried, because its files are not here. Instead, miniature on the CPU in ")
     assert "log-probs recorded while sampling and those of a training pass differ by" in found
     assert "model.safetensors" not in patient.hub.fetched()
 
