@@ -83,6 +83,7 @@ class GRPOTrainer:
         self._function = reward
         self.weights = reward_weights(reward, config)
         self._run: RunDirectory | None = None
+        self._rows: Rows | None = None
         self._calibration: dict[str, Any] = {}
         self._prepared, self._for_reward_alone = False, False
         self.step = 0
@@ -220,10 +221,7 @@ class GRPOTrainer:
 
     def _open_run(self, *, resume: bool, force: bool) -> None:
         config = self.config
-        if not resume and config.model_name in known_shapes():
-            # a released model's size is known without asking anybody: what does not fit need not download its rows
-            refuse_unless_it_fits(self.plan(), force=force)
-        self._rows = load_rows(self._dataset, config.data.source)
+        self._read_rows(force=force or resume)  # a run that goes on is planned with what it recorded
         if resume:
             if config.output_dir is None:
                 raise ValueError("resume_from_checkpoint needs output_dir: the folder of the run to go on with.")
@@ -258,10 +256,10 @@ class GRPOTrainer:
         if self._prepared:
             return
         config = self.config
-        plan = self.plan()
-        refuse_unless_it_fits(plan, force=force)  # first of all: what does not fit need not download its rows
-        rows = getattr(self, "_rows", None) or load_rows(self._dataset, config.data.source)
+        rows = self._read_rows(force=force)
         self._check_reward_can_be_had(rows)
+        plan = self.plan()
+        refuse_unless_it_fits(plan, force=force)
         self.view.note(plan.summary)
         hold_to_limit(config)
         self.view.phase("loading", config.model_name)
@@ -285,6 +283,14 @@ class GRPOTrainer:
         self.updater = PolicyUpdater(self.model, config, self.total_steps)
         self._check_pairs_are_left(rows)
         self._prepared = True
+
+    def _read_rows(self, *, force: bool) -> Rows:
+        """The dataset's rows, read once. A released model's size is known without asking anybody: what cannot fit reads none."""
+        if self._rows is None:
+            if self.config.model_name in known_shapes():
+                refuse_unless_it_fits(self.plan(), force=force)
+            self._rows = load_rows(self._dataset, self.config.data.source)
+        return self._rows
 
     def _check_reward_can_be_had(self, rows: Rows) -> None:
         if self._must_train_reward and not isinstance(rows, LoadedPairs):
