@@ -6,8 +6,8 @@ Loads neither torch nor transformers; huggingface_hub only when the Hub or its c
 from __future__ import annotations
 
 import errno
-import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -242,8 +242,8 @@ def _is_complete(folder: Path, weights: bool) -> bool:
         return has_config
     if not index.is_file():
         return any(folder.glob("*.safetensors"))
-    shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()
-    return all((folder / Path(shard).name).is_file() for shard in shards)
+    shards = re.findall(r'"([^"/]+\.safetensors)"', index.read_text(encoding="utf-8", errors="replace"))
+    return all((folder / shard).is_file() for shard in shards)  # an index that is damaged is loading's to name
 
 
 def _ask(path: str, timeout: float) -> Any:

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 T = TypeVar("T")
 GIB, MIB = 2**30, 2**20
@@ -38,6 +38,24 @@ class Card:
     """Taken from a table rather than asked of the hardware: drivers differ by some 2 %."""
     capability: tuple[int, int] | None = None
     """Compute capability of a GPU."""
+
+
+Number = Literal["fp32", "bf16", "fp16_rescaled"]
+
+
+def number_format(precision: str, *, on_cuda: bool, native_bf16: bool, card: str) -> Number:
+    """What `precision` means there. Raises ValueError where bf16 would be emulated, and for plain fp16."""
+    if precision == "auto":
+        return "fp32" if not on_cuda else "bf16" if native_bf16 else "fp16_rescaled"
+    if precision == "bf16" and on_cuda and not native_bf16:
+        raise ValueError(f"precision is bf16, but {card} has no bfloat16 units and would emulate them. Use precision=auto.")
+    for name in get_args(Number):
+        if precision == name:
+            found: Number = name
+            return found
+    raise ValueError(
+        f"precision is {precision}; Gemma 3's residual stream exceeds what fp16 can hold (65504). Use auto, fp16_rescaled, bf16 or fp32."
+    )
 
 
 _KNOWN = {  # GiB that torch.cuda.get_device_properties reports as total_memory, and compute capability

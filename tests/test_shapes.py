@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
+from bench.random_checkpoint import text_config
 from gemma_grpo.config import LoraSettings
 from gemma_grpo.shapes import ModelShape, known_shapes, shape_of
 
@@ -40,19 +41,6 @@ KV_MIB = {  # one sequence of 512, 1024, 2048, 4096 tokens, 16 bit, sliding laye
     "12b": (192, 384, 448, 576),
     "27b": (248, 496, 576, 736),
 }
-
-
-def text_config(shape: ModelShape) -> Gemma3TextConfig:
-    return Gemma3TextConfig(
-        hidden_size=shape.hidden_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        intermediate_size=shape.intermediate_size,
-        vocab_size=shape.vocab_size,
-        sliding_window=shape.sliding_window,
-    )
 
 
 def on_meta(shape: ModelShape) -> Gemma3ForCausalLM:

@@ -25,7 +25,7 @@ from gemma_grpo.config.schema import LoraSettings
 from gemma_grpo.data.batch import pad_groups
 from gemma_grpo.data.chat import BOS_ID, END_OF_TURN_ID, START_OF_TURN_ID
 from gemma_grpo.model.attention import ATTENTION_NAME, GroupLayout, Layout
-from gemma_grpo.model.loading import check_tokenizer_files, load_decoder, read_text_config
+from gemma_grpo.model.loading import check_tokenizer_files, empty_decoder, fill_decoder
 from gemma_grpo.model.memory import TokenBudget, explaining_exhaustion
 from gemma_grpo.model.precision import base_dtype, choose_divisor, default_device, float32_logits, rescale_residual
 from gemma_grpo.model.quantization import Quantizer
@@ -83,13 +83,13 @@ class Gemma:
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         quantizer = Quantizer(dtype) if quantization == "nf4" else None
         folder = checkpoint_folder(name, weights=False)
-        config = read_text_config(folder)  # before gigabytes of something else are fetched
+        base = empty_decoder(folder)  # before gigabytes of something else are fetched
         check_tokenizer_files(folder)
         folder = checkpoint_folder(name)
         tokenizer = _load_tokenizer(folder)
         _check_tokenizer(tokenizer, name)
         with explaining_exhaustion(f"out of memory on {device} while loading {name}. {_ROOM}"):
-            base = load_decoder(folder, config, dtype=dtype, device=device, quantizer=quantizer)
+            fill_decoder(base, folder, dtype=dtype, device=device, quantizer=quantizer)
         # peft asks for it before it wraps a 4-bit layer as one
         base.is_loaded_in_4bit = quantizer is not None  # type: ignore[assignment]
         return cls(base, tokenizer, name=name, lora=lora, seed=seed)

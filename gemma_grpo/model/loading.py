@@ -46,8 +46,11 @@ class StoredTensor:
     dtype: torch.dtype
 
 
-def read_text_config(folder: Path) -> Gemma3TextConfig:
-    """The decoder's configuration. Raises ValueError for anything but a plain causal Gemma 3."""
+def empty_decoder(folder: Path) -> Gemma3ForCausalLM:
+    """The decoder that a folder's configuration describes, on meta tensors: what cannot be built must not wait for the weights.
+
+    Raises ValueError for anything but a plain causal Gemma 3.
+    """
     # the file itself first: AutoConfig would offer to run the code that an unknown config names
     raw = _read_json(folder / "config.json")
     _refuse_own_code(folder / "config.json", raw)
@@ -64,14 +67,15 @@ def read_text_config(folder: Path) -> Gemma3TextConfig:
     try:
         config: Gemma3TextConfig = AutoConfig.from_pretrained(folder).get_text_config()
         with torch.device("meta"):
-            Gemma3ForCausalLM(config)  # what the config cannot build must not wait for the weights
+            model: Gemma3ForCausalLM = Gemma3ForCausalLM(config)
     except Exception as error:  # whatever an impossible value provokes in the library
         what = " ".join(f"{type(error).__name__}: {error}".split())
         path = folder / "config.json"
         raise ValueError(f"{path} describes no Gemma 3 that can be built ({what}). Download it again.") from error
     if config.final_logit_softcapping is not None or config.attn_logit_softcapping is not None:
         raise ValueError(f"{folder} soft-caps its logits, which no released Gemma 3 does. Use an original Gemma 3 checkpoint.")
-    return config
+    model.tie_weights()
+    return model
 
 
 def check_tokenizer_files(folder: Path) -> None:
@@ -83,17 +87,14 @@ def check_tokenizer_files(folder: Path) -> None:
         _refuse_own_code(path, _read_json(path))
 
 
-def load_decoder(
-    folder: Path, config: Gemma3TextConfig, *, dtype: torch.dtype, device: torch.device, quantizer: Quantizer | None = None
-) -> Gemma3ForCausalLM:
-    """The frozen decoder, every tensor accounted for: embedding and linear layers in `dtype` (or the quantizer's), norms in float32
-    when that is float16, tied head as tied.
+def fill_decoder(
+    model: Gemma3ForCausalLM, folder: Path, *, dtype: torch.dtype, device: torch.device, quantizer: Quantizer | None = None
+) -> None:
+    """Read an empty decoder's weights, every tensor accounted for: embedding and linear layers in `dtype` (or the quantizer's), norms in
+    float32 when that is float16, tied head as tied.
 
     Raises ValueError naming the file or tensor that is missing, misshapen, unreadable, not finite, or beyond what float16 holds.
     """
-    with torch.device("meta"):
-        model: Gemma3ForCausalLM = Gemma3ForCausalLM(config)
-    model.tie_weights()
     found = _decoder_tensors(folder, {name: tuple(weight.shape) for name, weight in model.named_parameters()})
     for name in sorted(found, key=lambda name: (found[name].file, name)):  # a shard after the other
         owner, _, leaf = name.rpartition(".")
@@ -111,7 +112,6 @@ def load_decoder(
     model.tie_weights()
     _fill_buffers(model, device, stored=found["model.embed_tokens.weight"].dtype)
     model.eval()
-    return model
 
 
 def _decoder_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, StoredTensor]:

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
+from gemma_grpo.cards import BF16_CAPABILITY, number_format
+from gemma_grpo.shapes import known_shapes
+
 FP16_MAX = 65504.0
 HEADROOM = 4.0
 """The probe's largest number stays this many times below FP16_MAX: other prompts, and adapters, reach further."""
@@ -26,7 +29,6 @@ FIRST_DIVISOR, LAST_DIVISOR = 64, 16384
 """64 brings 800,000 to 12,500; any of 16 to 1024 rounds alike (measured), so the first one is kept unless it is too small."""
 MAX_GATED = 2.0**14
 """Largest product of gate and up projection trusted in float16: down_proj sums 2,048 to 21,504 of them."""
-RELEASED_WIDTHS = (640, 1152, 2560, 3840, 5376)
 _LARGEST_EXPONENT = 14
 """float16 ends at 2^16: a sum of a few products stays inside."""
 _LARGEST_SHIFT = 100
@@ -45,7 +47,7 @@ def default_device() -> torch.device:
 
 def has_native_bf16(device: torch.device) -> bool:
     """Whether matrix units take bfloat16. torch says True on a T4, which only emulates it: ask without emulation."""
-    return device.type == "cuda" and (torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0))
+    return device.type == "cuda" and (torch.version.hip is not None or torch.cuda.get_device_capability(device) >= BF16_CAPABILITY)
 
 
 def base_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -53,28 +55,18 @@ def base_dtype(precision: str, device: torch.device) -> torch.dtype:
 
     Raises ValueError where bf16 is asked of a card that would emulate it, and for plain fp16.
     """
-    if precision == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        return torch.bfloat16 if has_native_bf16(device) else torch.float16
-    if precision == "bf16" and device.type == "cuda" and not has_native_bf16(device):
-        name = torch.cuda.get_device_name(device)
-        raise ValueError(f"precision is bf16, but {name} has no bfloat16 units and would emulate them. Use precision=auto (fp16_rescaled).")
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16_rescaled": torch.float16}
-    if precision not in named:
-        raise ValueError(
-            f"precision is {precision}; Gemma 3's residual stream exceeds what fp16 can hold ({FP16_MAX:.0f}). "
-            "Use auto, fp16_rescaled, bf16 or fp32."
-        )
-    return named[precision]
+    on_cuda = device.type == "cuda"
+    card = torch.cuda.get_device_name(device) if on_cuda else "CPU"
+    kind = number_format(precision, on_cuda=on_cuda, native_bf16=has_native_bf16(device), card=card)
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16_rescaled": torch.float16}[kind]
 
 
 def trained_embed_scale(hidden_size: int, stored: torch.dtype) -> float:
     """sqrt(hidden_size) as training rounded it: to bfloat16 for Google's checkpoints (50.5, not 50.596, for 4b) at whatever dtype they
     are loaded, exact for others kept in float32."""
     exact = math.sqrt(hidden_size)
-    rounded = stored != torch.float32 or hidden_size in RELEASED_WIDTHS
-    return float(torch.tensor(exact, dtype=torch.bfloat16)) if rounded else exact
+    released = any(shape.hidden_size == hidden_size for shape in known_shapes().values())
+    return float(torch.tensor(exact, dtype=torch.bfloat16)) if released or stored != torch.float32 else exact
 
 
 # ---- the exact rescale

@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 from gemma_grpo.access import config_file
-from gemma_grpo.cards import GIB, Card, known_cards
+from gemma_grpo.cards import GIB, Card, known_cards, number_format
 from gemma_grpo.config.schema import GRPOConfig
 from gemma_grpo.planner.phases import PROGRAM, Budgets, Phase, Run
 from gemma_grpo.planner.plan import Plan, Suggestion
-from gemma_grpo.planner.terms import Number, Numbers
+from gemma_grpo.planner.terms import Numbers
 from gemma_grpo.shapes import ModelShape, known_shapes, shape_of
 
 HEADROOM = 0.9
@@ -67,15 +67,10 @@ def plan_run(
 
 
 def numbers_of(config: GRPOConfig, card: Card) -> Numbers:
-    """The number format that `precision` means on a card (model/precision.py does the same with torch's answer)."""
-    kind: Number
-    if config.precision == "auto":
-        kind = "fp32" if card.kind == "cpu" else "bf16" if card.native_bf16 else "fp16_rescaled"
-    else:
-        kind = config.precision
-    if kind == "bf16" and card.kind == "cuda" and not card.native_bf16:
-        raise ValueError(f"precision is bf16, but {card.name} has no bfloat16 units and would emulate them. Use precision=auto.")
-    return Numbers(kind, config.quantization == "nf4", card.kind == "cuda")
+    """How numbers are held on a card. Raises ValueError for a format it has not."""
+    on_cuda = card.kind == "cuda"
+    kind = number_format(config.precision, on_cuda=on_cuda, native_bf16=card.native_bf16, card=card.name)
+    return Numbers(kind, config.quantization == "nf4", on_cuda)
 
 
 def _limit(config: GRPOConfig, card: Card) -> int:

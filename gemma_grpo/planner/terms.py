@@ -8,13 +8,10 @@ or float16. N prompts of P tokens, G completions of C tokens each; token counts 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from gemma_grpo.cards import GIB, MIB
+from gemma_grpo.cards import GIB, MIB, Number
 from gemma_grpo.config.schema import LoraSettings, SamplingSettings
 from gemma_grpo.shapes import ModelShape
-
-Number = Literal["fp32", "bf16", "fp16_rescaled"]
 
 LOGITS_CHUNK = 256
 """model/logprobs.py makes the logits of so many tokens at a time."""

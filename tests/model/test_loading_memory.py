@@ -22,11 +22,11 @@ from gemma_grpo.model import gemma
 def status(field):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
 folder, precision = sys.argv[1:]
-config = gemma.read_text_config(Path(folder))
+decoder = gemma.empty_decoder(Path(folder))
 Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
 before = status("VmRSS")
 dtype = gemma.base_dtype(precision, torch.device("cpu"))
-decoder = gemma.load_decoder(Path(folder), config, dtype=dtype, device=torch.device("cpu"))
+gemma.fill_decoder(decoder, Path(folder), dtype=dtype, device=torch.device("cpu"))
 size = sum(weight.numel() * weight.element_size() for weight in decoder.parameters())
 print((status("VmHWM") - before) / size, size)
 """
