@@ -5,7 +5,7 @@ Owns how many keys and values are held at a time: a rollout that would hold more
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,11 @@ from gemma_grpo.rollout.engine import SamplingParams
 from gemma_grpo.rollout.sampling import draw, row_keys, sampling_logprobs, uniforms
 from gemma_grpo.types import Completion, Prompt, RolloutGroup
 
+LogitsProcessor = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(logits [B V] float32, completions [B], positions [B]) -> logits: changes what is sampled, before the temperature.
+
+`completions` are numbered through the whole rollout, n * G + g; `positions` are the completion positions now drawn."""
+
 
 class LocalEngine:
     """Samples in eval mode, in the dtype and with the adapter of training: |sampling - training log-prob| is rounding alone.
@@ -28,8 +33,10 @@ class LocalEngine:
     max_completion_length for each of its completions. One completion is sampled however much it needs.
     """
 
-    def __init__(self, model: Gemma, kv_tokens: int | None = None, *, stop_ids: Sequence[int] = STOP_IDS) -> None:
-        self.model, self.kv_tokens = model, kv_tokens
+    def __init__(
+        self, model: Gemma, kv_tokens: int | None = None, *, stop_ids: Sequence[int] = STOP_IDS, processor: LogitsProcessor | None = None
+    ) -> None:
+        self.model, self.kv_tokens, self.processor = model, kv_tokens, processor
         self.stop_ids = torch.tensor(stop_ids)
 
     @torch.no_grad()
@@ -42,23 +49,26 @@ class LocalEngine:
         with self.model.role(params.role):
             for slot in room.slots(self.kv_tokens):
                 with explaining_exhaustion(_too_many(room.piece(slot), self.model.device)):
-                    completions += self._decoded(prompts[slot.rows], slot.completions, params)
+                    numbers = torch.arange(len(prompts) * params.num_generations).view(len(prompts), -1)[slot.rows, slot.completions]
+                    completions += self._decoded(prompts[slot.rows], numbers, params)
         size = params.num_generations
         return [RolloutGroup(prompt, tuple(completions[n * size : (n + 1) * size]), params.step) for n, prompt in enumerate(prompts)]
 
-    def _decoded(self, prompts: Sequence[Prompt], indices: slice, params: SamplingParams) -> list[Completion]:
-        """These completions of each prompt. Keys and values live no longer than this call."""
-        rows = zip(*(values.tolist() for values in self._decode(prompts, indices, params)), strict=True)
+    def _decoded(self, prompts: Sequence[Prompt], numbers: Int[Tensor, "N G"], params: SamplingParams) -> list[Completion]:
+        """These completions of the prompts. Keys and values live no longer than this call."""
+        rows = zip(*(values.tolist() for values in self._decode(prompts, numbers, params)), strict=True)
         return [self._completion(tokens[:length], logprobs[:length]) for tokens, logprobs, length in rows]
 
     def _decode(
-        self, prompts: Sequence[Prompt], indices: slice, params: SamplingParams
+        self, prompts: Sequence[Prompt], numbers: Int[Tensor, "N G"], params: SamplingParams
     ) -> tuple[Int[Tensor, "B C"], Float[Tensor, "B C"], Int[Tensor, " B"]]:
         """Tokens, their log-probabilities and how many of each row count."""
         device = self.model.device
         prefill = GroupLayout(_prompts_alone(prompts).to(device), keep_prompt_kv=True)
         keys = row_keys(params.seed, params.step, [prompt.prompt_id for prompt in prompts], params.num_generations).to(device)
-        keys = keys.view(len(prompts), -1)[:, indices].flatten()  # a completion is drawn by its own index, whichever part it is in
+        # a completion is drawn by its own index, whichever part it is in
+        keys = keys.view(len(prompts), -1).gather(1, numbers.to(device) % params.num_generations).flatten()
+        numbers = numbers.flatten().to(device)
         group = len(keys) // len(prompts)
         last = self.model.hidden_states(prefill)[prefill.last_prompt_index]
         hidden = last.repeat_interleave(group, 0)  # (B, D): a group shares its prompt's last hidden state
@@ -68,7 +78,7 @@ class LocalEngine:
         lengths = torch.full((len(keys),), params.max_completion_length, device=device)
         running = torch.ones(len(keys), dtype=torch.bool, device=device)
         for position in range(params.max_completion_length):
-            token, logprob = self._next(hidden, keys, position, params)
+            token, logprob = self._next(hidden, keys, numbers, position, params)
             tokens[:, position], logprobs[:, position] = token, logprob
             stopped = running & torch.isin(token, self.stop_ids.to(device))
             lengths[stopped] = position + 1
@@ -80,9 +90,11 @@ class LocalEngine:
         return tokens, logprobs, lengths
 
     def _next(
-        self, hidden: Float[Tensor, "B D"], keys: Int[Tensor, " B"], position: int, params: SamplingParams
+        self, hidden: Float[Tensor, "B D"], keys: Int[Tensor, " B"], numbers: Int[Tensor, " B"], position: int, params: SamplingParams
     ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
         logits = self.model.logits(hidden)
+        if self.processor is not None:
+            logits = self.processor(logits, numbers, torch.full_like(numbers, position))
         distribution = sampling_logprobs(logits, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p)
         if not torch.isfinite(distribution.amax(-1)).all():
             raise FloatingPointError(
