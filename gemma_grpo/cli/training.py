@@ -56,7 +56,9 @@ def evaluate(run: Run) -> None:
     from gemma_grpo.grpo.trainer import GRPOTrainer
 
     trainer = GRPOTrainer.from_run(run)
-    print("\n".join(evaluation_lines(trainer.evaluate())))
+    with trainer.view:
+        evaluation = trainer.evaluate()
+    print("\n".join(evaluation_lines(evaluation)))
     print(f"details: {trainer.run_dir / 'evaluation.json'}")
 
 

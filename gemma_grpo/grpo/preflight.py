@@ -1,4 +1,4 @@
-"""Before a run loads anything: the card it will use, its plan, and the refusal when that does not fit.
+"""Before a run trains anything: the card it will use, its plan, and the refusal when that does not fit or a reward cannot be had.
 
 What a run holds is worked out in planner; this file asks torch which device the process has.
 """
@@ -12,6 +12,9 @@ import torch
 
 from gemma_grpo.cards import GIB, Card, named_card, this_machine
 from gemma_grpo.config import GRPOConfig
+from gemma_grpo.data.hh_rlhf import LoadedPairs
+from gemma_grpo.data.sources import DataError
+from gemma_grpo.grpo.setup import Rows, TrainingData
 from gemma_grpo.model.precision import default_device, has_native_bf16
 from gemma_grpo.planner import Plan, PreflightError, find_shape, plan_run
 
@@ -54,3 +57,23 @@ def hold_to_limit(config: GRPOConfig) -> None:
     if device.type == "cuda" and limit is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit * GIB / total), device)
+
+
+def check_reward_can_be_had(rows: Rows, config: GRPOConfig) -> None:
+    """Raise DataError when a reward is to be trained and the dataset has no preference pairs."""
+    if not isinstance(rows, LoadedPairs):
+        raise DataError(
+            f"the dataset {config.dataset} has prompts but no preference pairs, so there is nothing to train the reward on. "
+            "Give reward=(a function or a name), reward_model.path=(a trained reward adapter), or reward=judge for the zero-shot judge."
+        )
+
+
+def check_pairs_are_left(rows: Rows, data: TrainingData, config: GRPOConfig) -> None:
+    """Raise DataError when a reward is to be trained and no pair is left to train it on."""
+    if not data.pairs:
+        raise DataError(
+            f"no training pair is left of {rows.kept} rows "
+            f"(dropped: {data.counts['pairs_dropped']}, held out: {data.counts['pairs_held_out']}). "
+            f"Raise reward_model.max_length ({config.reward_model.max_length}), lower data.holdout ({config.data.holdout}), "
+            "or give more rows."
+        )

@@ -17,11 +17,10 @@ from typing import Any
 
 from gemma_grpo.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint, saving
 from gemma_grpo.config import GRPOConfig, build_config, dump_recipe, load_recipe
-from gemma_grpo.data.hh_rlhf import LoadedPairs
 from gemma_grpo.data.prompts import order
-from gemma_grpo.data.sources import DataError
 from gemma_grpo.grpo.assess import evaluate_policy, train_and_measure_reward
-from gemma_grpo.grpo.preflight import hold_to_limit, plan_for, refuse_unless_it_fits
+from gemma_grpo.grpo.explain import step_warnings
+from gemma_grpo.grpo.preflight import check_pairs_are_left, check_reward_can_be_had, hold_to_limit, plan_for, refuse_unless_it_fits
 from gemma_grpo.grpo.setup import TRAINED, Rows, build_reward_stack, build_training_data, gold_margin, known_gold, load_rows, reward_weights
 from gemma_grpo.grpo.step import Stepper
 from gemma_grpo.grpo.update import PolicyUpdater
@@ -32,7 +31,7 @@ from gemma_grpo.monitor.terminal import ProgressView
 from gemma_grpo.planner import Plan
 from gemma_grpo.rollout.local import LocalEngine
 from gemma_grpo.shapes import known_shapes
-from gemma_grpo.types import Prompt, StepRecord
+from gemma_grpo.types import Prompt
 
 GIVEN_ROWS = "rows given in Python"
 PROBE_PROMPTS = 8
@@ -158,7 +157,7 @@ class GRPOTrainer:
 
     def _loop(self) -> None:
         self.view.phase("training", self._product())
-        self._retries = self.model.budget.halvings
+        retries = self.model.budget.halvings
         while self.step < self.total_steps:
             record, scored = self.stepper.train_step(self._prompts_of_step(self.step), self.step)
             self.step += 1
@@ -166,7 +165,9 @@ class GRPOTrainer:
             self.run.append_samples(record.step, scored)
             self.run.event("step_time", step=record.step, seconds=dict(record.seconds))
             self.view.step(record, self.total_steps, group=scored[0])
-            self._explain(record)
+            for text in step_warnings(record, self.config, retries):
+                self._warn(text)
+            retries = int(record.metrics["oom_retries"])
             stop = self.updater.over_budget()
             if stop:
                 self._warn(f"the KL to the reference stayed above twice kl.ref_target: stopped at step {record.step}. Raise kl.beta.")
@@ -174,22 +175,6 @@ class GRPOTrainer:
                 self._save_checkpoint()
             if stop:
                 return
-
-    def _explain(self, record: StepRecord) -> None:
-        """Say what a step's numbers mean where a user would otherwise wonder."""
-        if record.metrics["frac_reward_zero_std"] == 1.0:
-            self._warn(
-                f"step {record.step}: in every group all completions got the same reward, so nothing was learned from rewards. "
-                "Raise temperature or num_generations, or use a finer reward."
-            )
-        if record.metrics["passes"] < self.config.planning_steps:
-            self._warn(f"step {record.step}: kl.step_limit was reached after {record.metrics['passes']:.0f} planning steps.")
-        if record.metrics["oom_retries"] > self._retries:
-            self._retries, budget = int(record.metrics["oom_retries"]), self.model.budget.tokens
-            self._warn(
-                f"step {record.step}: memory ran out, and the pass was repeated in smaller pieces, to the same gradient. "
-                f"memory.token_budget={budget} in the recipe skips the attempt next time."
-            )
 
     def _warn(self, text: str) -> None:
         self.run.event("warn", text=text)
@@ -200,24 +185,24 @@ class GRPOTrainer:
     @contextmanager
     def _running(self, *, resume: bool, force: bool) -> Iterator[None]:
         """Everything a run needs, in the order in which it can fail cheaply; the outcome in run.json whatever happens."""
-        if self._run is None:
-            self._open_run(resume=resume, force=force)
-        try:
-            self._prepare(force=force)
-            self.run.event("start", resume=resume)
-            yield
-        except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt)
-            status, text = ("stopped", "stopped by a signal") if stopped else ("failed", f"{type(error).__name__}: {error}")
-            self.run.event("error", text=text)
-            self.run.update_run(status=status, ended=time.time(), error=text)
-            raise
-        else:
-            self.run.event("end", step=self.step)
-            self.run.update_run(status="finished", ended=time.time(), steps=self.step)
-        finally:
-            self.view.close()
-            self.run.close()
+        with self.view:
+            if self._run is None:
+                self._open_run(resume=resume, force=force)
+            try:
+                self._prepare(force=force)
+                self.run.event("start", resume=resume)
+                yield
+            except BaseException as error:
+                stopped = isinstance(error, KeyboardInterrupt)
+                status, text = ("stopped", "stopped by a signal") if stopped else ("failed", f"{type(error).__name__}: {error}")
+                self.run.event("error", text=text)
+                self.run.update_run(status=status, ended=time.time(), error=text)
+                raise
+            else:
+                self.run.event("end", step=self.step)
+                self.run.update_run(status="finished", ended=time.time(), steps=self.step)
+            finally:
+                self.run.close()
 
     def _open_run(self, *, resume: bool, force: bool) -> None:
         config = self.config
@@ -257,7 +242,8 @@ class GRPOTrainer:
             return
         config = self.config
         rows = self._read_rows(force=force)
-        self._check_reward_can_be_had(rows)
+        if self._must_train_reward:
+            check_reward_can_be_had(rows, config)
         plan = self.plan()
         refuse_unless_it_fits(plan, force=force)
         self.view.note(plan.summary)
@@ -281,7 +267,8 @@ class GRPOTrainer:
         if config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.max_steps)
         self.updater = PolicyUpdater(self.model, config, self.total_steps)
-        self._check_pairs_are_left(rows)
+        if self._must_train_reward:
+            check_pairs_are_left(rows, self.data, config)
         self._prepared = True
 
     def _read_rows(self, *, force: bool) -> Rows:
@@ -291,22 +278,6 @@ class GRPOTrainer:
                 refuse_unless_it_fits(self.plan(), force=force)
             self._rows = load_rows(self._dataset, self.config.data.source)
         return self._rows
-
-    def _check_reward_can_be_had(self, rows: Rows) -> None:
-        if self._must_train_reward and not isinstance(rows, LoadedPairs):
-            raise DataError(
-                f"the dataset {self.config.dataset} has prompts but no preference pairs, so there is nothing to train the reward on. "
-                "Give reward=(a function or a name), reward_model.path=(a trained reward adapter), or reward=judge for the zero-shot judge."
-            )
-
-    def _check_pairs_are_left(self, rows: Rows) -> None:
-        if self._must_train_reward and not self.data.pairs:
-            config, counts = self.config, self.data.counts
-            raise DataError(
-                f"no training pair is left of {rows.kept} rows (dropped: {counts['pairs_dropped']}, held out: {counts['pairs_held_out']}). "
-                f"Raise reward_model.max_length ({config.reward_model.max_length}), lower data.holdout ({config.data.holdout}), "
-                "or give more rows."
-            )
 
     @property
     def _must_train_reward(self) -> bool:

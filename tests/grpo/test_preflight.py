@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from gemma_grpo import GRPOTrainer
 from gemma_grpo.cards import GIB
 from gemma_grpo.cli import run
+from gemma_grpo.monitor.terminal import ProgressView
 from gemma_grpo.planner import PreflightError
 
 
-class Notes:
+class Notes(ProgressView):
     """A view that keeps what it was told."""
 
     def __init__(self) -> None:
+        super().__init__(Console(file=io.StringIO()))
         self.told: list[str] = []
 
     def note(self, text: str) -> None:
@@ -27,12 +31,6 @@ class Notes:
 
     def phase(self, name: str, detail: str = "") -> None:
         self.told.append(name)
-
-    def step(self, *args: Any, **kwargs: Any) -> None:
-        """Not kept."""
-
-    def close(self) -> None:
-        """Nothing to close."""
 
 
 @pytest.fixture
