@@ -2,14 +2,14 @@
 
 A GroupBatch keeps the group structure, so that the model can read a prompt once and its G completions beside it.
 Padding is a rectangle for attention only: the model's linear layers see the real tokens, packed (model/attention.py).
-How large a piece may be is not decided here (model/memory.py).
+How large a piece may be is not decided here (model/memory.py), nor which lengths go together (packing.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import reduce
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gemma_grpo.data.chat import PAD_ID
+from gemma_grpo.data.packing import Box, cheapest_cut
 from gemma_grpo.types import RolloutGroup
 
 Batch = TypeVar("Batch", bound="GroupBatch")
@@ -24,21 +25,24 @@ Batch = TypeVar("Batch", bound="GroupBatch")
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a piece stands in the batch it was cut from: which prompts, and which of their completions."""
+    """Where a piece stands in the batch it was cut from: indices of its prompts, and of the completions of each, both ascending."""
 
-    rows: slice
-    completions: slice
+    rows: tuple[int, ...]
+    completions: tuple[int, ...]
+
+    def places(self, device: torch.device) -> tuple[Int[Tensor, "n 1"], Int[Tensor, " g"]]:
+        """The same as an index of the whole batch's [N G] or [N G C]."""
+        return torch.tensor(self.rows, device=device)[:, None], torch.tensor(self.completions, device=device)
 
     def put(self, values: Tensor, into: Tensor) -> None:
         """Write a piece's [n g] or [n g c] values to their place in the whole batch's [N G] or [N G C]."""
-        place = into[self.rows, self.completions]
-        if values.dim() == 3:
-            place = place[..., : values.shape[-1]]  # a piece is no wider than its own longest completion
-        place.copy_(values)
+        rows, completions = self.places(into.device)
+        place = into[..., : values.shape[-1]] if values.dim() == 3 else into  # a piece is no wider than its own longest completion
+        place[rows, completions] = values.to(into)
 
     def inner(self, part: Slot) -> Slot:
         """The place, in the same batch, of a part of this piece."""
-        return Slot(_moved_on(part.rows, self.rows.start), _moved_on(part.completions, self.completions.start))
+        return Slot(tuple(self.rows[n] for n in part.rows), tuple(self.completions[g] for g in part.completions))
 
 
 @dataclass(frozen=True)
@@ -71,36 +75,42 @@ class GroupBatch:
         """Tokens of both rectangles, padding included: N P + N G C."""
         return self.prompt_ids.numel() + self.completion_ids.numel()
 
-    def slots(self, token_budget: int | None, *, whole_groups: bool = False) -> Iterator[Slot]:
-        """Cut into pieces, in order, of at most so many padded tokens once trimmed; None does not cut.
+    def slots(self, token_budget: int | None, *, whole_groups: bool = False) -> list[Slot]:
+        """Cut into pieces of similar lengths, the largest first, of at most so many padded tokens once trimmed.
 
-        A piece is as many whole groups as fit; of a group that alone is too large, as many completions as fit, each piece
-        reading the prompt again. What cannot be cut further is a piece however large it is: one completion, or with
-        `whole_groups` one group.
+        A piece is whole groups; of a group that alone is too large, completions, each piece reading the prompt again. The cut is
+        the cheapest found, padding weighed against the number of pieces, so a piece may be smaller than it might be. What cannot be
+        cut further is a piece however large it is: one completion, or with `whole_groups` one group. None does not cut at all: one
+        piece, as wide as the longest prompt and the longest completion, whatever its padding.
         """
         num_prompts, group = self.completion_ids.shape[:2]
+        everything = tuple(range(group))
         if token_budget is None:
-            yield Slot(slice(0, num_prompts), slice(0, group))
-            return
-        extents = _Extents(self)
-        for rows in _runs(num_prompts, lambda rows: extents.fits(token_budget, rows, slice(0, group))):
-            if whole_groups or rows.stop - rows.start > 1:
-                yield Slot(rows, slice(0, group))
+            return [Slot(tuple(range(num_prompts)), everything)]
+        boxes = _boxes(self)
+        groups = [reduce(Box.around, row) for row in boxes]
+        slots = []
+        for rows in cheapest_cut(groups, lambda count, box: box.tokens(count, group), token_budget):
+            if whole_groups or len(rows) > 1 or groups[rows[0]].tokens(1, group) <= token_budget:
+                slots.append(Slot(rows, everything))
             else:
-                fits = partial(extents.fits, token_budget, rows)
-                yield from (Slot(rows, completions) for completions in _runs(group, fits))
+                parts = cheapest_cut(boxes[rows[0]], lambda count, box: box.tokens(1, count), token_budget)
+                slots += [Slot(rows, part) for part in parts]
+        # the largest first: if memory ends, then before time was spent
+        return sorted(slots, key=lambda slot: _padded_tokens(slot, boxes), reverse=True)
 
     def piece(self: Batch, slot: Slot) -> Batch:
         """The part of the batch in a slot, trimmed to its own longest prompt and completion. Per-token fields end in C, prompt's in P."""
-        prompt = _real_columns(self.prompt_mask[slot.rows].any(0))
-        completion = _real_columns(self.completion_mask[slot.rows, slot.completions].any(0).any(0))
+        rows, completions = slot.places(self.prompt_ids.device)
+        prompt = _real_columns(self.prompt_mask[rows[:, 0]].any(0))
+        completion = _real_columns(self.completion_mask[rows, completions].any(0).any(0))
         cut: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
             if value is not None and f.name.startswith("prompt"):
-                cut[f.name] = value[slot.rows, prompt]
+                cut[f.name] = value[rows[:, 0], prompt]
             elif value is not None:
-                part = value[slot.rows, slot.completions]
+                part = value[rows, completions]
                 cut[f.name] = part[..., : completion.stop] if value.dim() == 3 else part
         return replace(self, **cut)
 
@@ -167,39 +177,22 @@ def _moved(value: Tensor | None, device: torch.device | str) -> Tensor | None:
     return None if value is None else value.to(device)
 
 
-def _moved_on(part: slice, by: int) -> slice:
-    return slice(part.start + by, part.stop + by)
-
-
 def _real_columns(real: Bool[Tensor, " T"]) -> slice:
     """From the first to the last column that any sequence reaches, at least one."""
     columns = real.nonzero()[:, 0]
     return slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(0, 1)
 
 
-class _Extents:
-    """Lengths of a batch's sequences as plain numbers, read once: cutting asks for them many times."""
-
-    def __init__(self, batch: GroupBatch) -> None:
-        width = batch.prompt_mask.shape[1]
-        columns = torch.arange(width, device=batch.prompt_mask.device)
-        self.first: list[int] = torch.where(batch.prompt_mask, columns, width).amin(-1).tolist()
-        self.stop: list[int] = torch.where(batch.prompt_mask, columns + 1, 0).amax(-1).tolist()
-        self.completions: list[list[int]] = batch.completion_mask.sum(-1).tolist()
-
-    def fits(self, token_budget: int, rows: slice, completions: slice) -> bool:
-        """Whether the piece of these has at most so many padded tokens."""
-        widest = max(self.stop[rows]) - min(self.first[rows])
-        lengths = [row[completions] for row in self.completions[rows]]
-        longest = max(1, *(length for row in lengths for length in row))
-        return len(lengths) * (max(1, widest) + len(lengths[0]) * longest) <= token_budget
+def _boxes(batch: GroupBatch) -> list[list[Box]]:
+    """One for each completion, with its prompt: [N][G]. Lengths are read from the device once, cutting asks for them many times."""
+    width = batch.prompt_mask.shape[1]
+    columns = torch.arange(width, device=batch.prompt_mask.device)
+    first: list[int] = torch.where(batch.prompt_mask, columns, width).amin(-1).tolist()
+    stop: list[int] = torch.where(batch.prompt_mask, columns + 1, 0).amax(-1).tolist()
+    lengths: list[list[int]] = batch.completion_mask.sum(-1).tolist()
+    return [[Box(first[n], stop[n], length) for length in row] for n, row in enumerate(lengths)]
 
 
-def _runs(count: int, fits: Callable[[slice], bool]) -> Iterator[slice]:
-    """Consecutive indices below count, as many at a time as fit, but at least one."""
-    start = 0
-    for end in range(1, count):
-        if not fits(slice(start, end + 1)):
-            yield slice(start, end)
-            start = end
-    yield slice(start, count)
+def _padded_tokens(slot: Slot, boxes: Sequence[Sequence[Box]]) -> int:
+    around = reduce(Box.around, (boxes[n][g] for n in slot.rows for g in slot.completions))
+    return around.tokens(len(slot.rows), len(slot.completions))

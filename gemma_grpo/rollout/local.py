@@ -44,15 +44,18 @@ class LocalEngine:
         """One group of params.num_generations completions per prompt, in order."""
         if not prompts:
             return []
-        completions: list[Completion] = []
-        room = _with_room_for_replies(prompts, params)
+        completions: dict[int, Completion] = {}
+        room, size = _with_room_for_replies(prompts, params), params.num_generations
+        # what fits as a whole is not cut for the sake of its padding: a part is decoded to its end before the next begins
+        fits = self.kv_tokens is None or room.num_padded_tokens <= self.kv_tokens
         with self.model.role(params.role):
-            for slot in room.slots(self.kv_tokens):
+            for slot in room.slots(None if fits else self.kv_tokens):
                 with explaining_exhaustion(_too_many(room.piece(slot), self.model.device)):
-                    numbers = torch.arange(len(prompts) * params.num_generations).view(len(prompts), -1)[slot.rows, slot.completions]
-                    completions += self._decoded(prompts[slot.rows], numbers, params)
-        size = params.num_generations
-        return [RolloutGroup(prompt, tuple(completions[n * size : (n + 1) * size]), params.step) for n, prompt in enumerate(prompts)]
+                    numbers = torch.arange(len(prompts) * size).view(len(prompts), size)[slot.places(torch.device("cpu"))]
+                    found = self._decoded([prompts[n] for n in slot.rows], numbers, params)
+                    completions.update(zip(numbers.flatten().tolist(), found, strict=True))
+        rows = [tuple(completions[n * size + g] for g in range(size)) for n in range(len(prompts))]
+        return [RolloutGroup(prompt, row, params.step) for prompt, row in zip(prompts, rows, strict=True)]
 
     def _decoded(self, prompts: Sequence[Prompt], numbers: Int[Tensor, "N G"], params: SamplingParams) -> list[Completion]:
         """These completions of the prompts. Keys and values live no longer than this call."""

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import pairwise
 
 import pytest
 import torch
@@ -103,14 +102,14 @@ def test_values_take_the_batchs_shape_with_zero_on_padding():
     assert values[1, 1].tolist() == [0, 0, 0, 0]
 
 
-def tuples(slots: Iterable[Slot]) -> list[tuple[int, int, int, int]]:
-    return [(slot.rows.start, slot.rows.stop, slot.completions.start, slot.completions.stop) for slot in slots]
+def places(slots: Iterable[Slot]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    return [(slot.rows, slot.completions) for slot in slots]
 
 
-def test_pieces_hold_whole_groups_in_order_trimmed_to_their_own_longest():
+def test_pieces_hold_whole_groups_trimmed_to_their_own_longest():
     batch = policy_batch()
-    slots = list(batch.slots(13))  # the groups have 3 + 2 x 4 = 11 and 2 + 2 x 2 = 6 padded tokens, together 2 x 11
-    assert tuples(slots) == [(0, 1, 0, 2), (1, 2, 0, 2)]
+    slots = batch.slots(13)  # the groups have 3 + 2 x 4 = 11 and 2 + 2 x 2 = 6 padded tokens, together 2 x 11
+    assert places(slots) == [((0,), (0, 1)), ((1,), (0, 1))]
     first, second = (batch.piece(slot) for slot in slots)
     assert first.prompt_ids.tolist() == [[2, 11, 12]]
     assert second.prompt_ids.tolist() == [[2, 21]]
@@ -122,30 +121,68 @@ def test_pieces_hold_whole_groups_in_order_trimmed_to_their_own_longest():
     assert (first.num_padded_tokens, second.num_padded_tokens) == (11, 6)
 
 
+BOTH = (0, 1)
+
+
 @pytest.mark.parametrize(
     ("token_budget", "expected"),
     [
-        (None, [(0, 2, 0, 2)]),
-        (22, [(0, 2, 0, 2)]),  # 2 x (3 + 2 x 4)
-        (21, [(0, 1, 0, 2), (1, 2, 0, 2)]),
-        (11, [(0, 1, 0, 2), (1, 2, 0, 2)]),
-        (10, [(0, 1, 0, 1), (0, 1, 1, 2), (1, 2, 0, 2)]),  # the first group, 11, one completion at a time: 3 + 2 and 3 + 4
-        (6, [(0, 1, 0, 1), (0, 1, 1, 2), (1, 2, 0, 2)]),  # its second completion alone has 7, and is a piece all the same
-        (5, [(0, 1, 0, 1), (0, 1, 1, 2), (1, 2, 0, 1), (1, 2, 1, 2)]),
-        (1, [(0, 1, 0, 1), (0, 1, 1, 2), (1, 2, 0, 1), (1, 2, 1, 2)]),
+        (None, [(BOTH, BOTH)]),
+        (22, [(BOTH, BOTH)]),  # 2 x (3 + 2 x 4)
+        (21, [((0,), BOTH), ((1,), BOTH)]),
+        (11, [((0,), BOTH), ((1,), BOTH)]),
+        (10, [((0,), (1,)), ((1,), BOTH), ((0,), (0,))]),  # the first group, 11, one completion at a time: 3 + 4 and 3 + 2, around the 6
+        (6, [((0,), (1,)), ((1,), BOTH), ((0,), (0,))]),  # a completion that alone has 7 is a piece all the same
+        (5, [((0,), (1,)), ((0,), (0,)), ((1,), (0,)), ((1,), (1,))]),  # 7, 5, and 2 + 2 and 2 + 1: an empty completion keeps a column
+        (1, [((0,), (1,)), ((0,), (0,)), ((1,), (0,)), ((1,), (1,))]),
     ],
 )
 def test_pieces_by_hand(token_budget, expected):
-    assert tuples(policy_batch().slots(token_budget)) == expected
+    assert places(policy_batch().slots(token_budget)) == expected
+
+
+def sized(lengths: list[tuple[int, list[int]]]) -> GroupBatch:
+    """Prompts and completions of these lengths; every token is another number, so that none can stand in another's place."""
+    numbers = iter(range(3, 100_000))
+
+    def tokens(count: int) -> list[int]:
+        return [next(numbers) for _ in range(count)]
+
+    return pad_groups([tokens(prompt) for prompt, _ in lengths], [[tokens(length) for length in group] for _, group in lengths])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "token_budget", "expected"),
+    [
+        # a long prompt beside short ones, by turns: together 6 x (500 + 2 x 10); as they come three pieces of 1040, sorted two
+        (
+            [(500, [10, 10]), (20, [10, 10])] * 3,
+            1560,
+            [((0, 2, 4), BOTH), ((1, 3, 5), BOTH)],
+        ),
+        # everything would fit, but four short prompts as wide as the long one cost 4 x 480 more than a piece of their own
+        ([(20, [10]), (20, [10]), (500, [10]), (20, [10]), (20, [10])], 10_000, [((2,), (0,)), ((0, 1, 3, 4), (0,))]),
+        # one short prompt beside a long one wastes 480, less than a piece costs
+        ([(20, [10]), (500, [10])], 10_000, [(BOTH, (0,))]),
+        # a group cut by its completions: 4 + 2 x 50 and 4 + 3 x 6 in place of 4 + 2 x 50, 4 + 2 x 50 and 4 + 6
+        ([(4, [50, 5, 49, 4, 6])], 110, [((0,), (0, 2)), ((0,), (1, 3, 4))]),
+        # a group that fits is not cut: its prompt would be read twice
+        ([(4, [900, 5, 5])], 10_000, [((0,), (0, 1, 2))]),
+        # equal lengths stay in their order
+        ([(8, [4, 4])] * 5, 32, [(BOTH, BOTH), ((2, 3), BOTH), ((4,), BOTH)]),
+    ],
+)
+def test_similar_lengths_share_a_piece(lengths, token_budget, expected):
+    assert places(sized(lengths).slots(token_budget)) == expected
 
 
 def test_whole_groups_stay_together_however_large_they_are():
-    assert tuples(policy_batch().slots(1, whole_groups=True)) == [(0, 1, 0, 2), (1, 2, 0, 2)]
-    assert tuples(policy_batch().slots(22, whole_groups=True)) == [(0, 2, 0, 2)]
+    assert places(policy_batch().slots(1, whole_groups=True)) == [((0,), BOTH), ((1,), BOTH)]
+    assert places(policy_batch().slots(22, whole_groups=True)) == [(BOTH, BOTH)]
 
 
 def test_a_part_of_a_group_keeps_its_prompt_and_its_own_columns():
-    piece = policy_batch().piece(Slot(slice(0, 1), slice(0, 1)))
+    piece = policy_batch().piece(Slot((0,), (0,)))
     assert piece.prompt_ids.tolist() == [[2, 11, 12]]
     assert piece.completion_ids.tolist() == [[[31, 106]]]
     assert piece.advantages.tolist() == [[1.0]]
@@ -153,50 +190,54 @@ def test_a_part_of_a_group_keeps_its_prompt_and_its_own_columns():
 
 
 def test_a_slot_within_a_slot_counts_from_the_whole_batch():
-    inner = Slot(slice(3, 5), slice(2, 6)).inner(Slot(slice(1, 2), slice(0, 3)))
-    assert inner == Slot(slice(4, 5), slice(2, 5))
+    assert Slot((1, 4, 7), (0, 2, 5)).inner(Slot((0, 2), (1,))) == Slot((1, 7), (2,))
 
 
-SEQUENCE = st.lists(st.integers(3, 9), max_size=5)
-GROUPS = st.lists(
-    st.tuples(SEQUENCE.map(lambda ids: [2, *ids]), st.lists(SEQUENCE, min_size=3, max_size=3)), min_size=1, max_size=5
+LENGTHS = st.integers(1, 4).flatmap(
+    lambda group: st.lists(
+        st.tuples(st.integers(1, 40), st.lists(st.integers(0, 30), min_size=group, max_size=group)), min_size=1, max_size=7
+    )
 )
 
 
-@given(GROUPS, st.integers(1, 80))
-def test_a_piece_equals_the_batch_of_its_own_groups(groups, token_budget):
-    prompts, completions = [prompt for prompt, _ in groups], [completion for _, completion in groups]
-    batch = pad_groups(prompts, completions)
-    for slot in batch.slots(token_budget):
-        piece, alone = batch.piece(slot), pad_groups(prompts[slot.rows], [group[slot.completions] for group in completions[slot.rows]])
+@given(LENGTHS, st.integers(1, 400), st.booleans())
+def test_a_piece_equals_the_batch_of_its_own_groups(lengths, token_budget, whole_groups):
+    batch = sized(lengths)
+    prompts = [ids[mask].tolist() for ids, mask in zip(batch.prompt_ids, batch.prompt_mask, strict=True)]
+    completions = [[batch.completion_ids[n, g, :length].tolist() for g, length in enumerate(row)] for n, (_, row) in enumerate(lengths)]
+    for slot in batch.slots(token_budget, whole_groups=whole_groups):
+        alone = pad_groups([prompts[n] for n in slot.rows], [[completions[n][g] for g in slot.completions] for n in slot.rows])
         for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "prompt_positions", "completion_positions"):
-            assert getattr(piece, name).tolist() == getattr(alone, name).tolist(), name
+            assert getattr(batch.piece(slot), name).tolist() == getattr(alone, name).tolist(), name
 
 
-@given(GROUPS, st.integers(1, 80))
-def test_pieces_fit_are_as_large_as_they_may_be_and_fill_every_place_once(groups, token_budget):
-    batch = pad_groups([prompt for prompt, _ in groups], [completion for _, completion in groups])
-    slots = list(batch.slots(token_budget))
-    places, tokens = torch.zeros(batch.completion_ids.shape[:2]), torch.full(batch.completion_ids.shape, -1)
-    for slot in slots:
+@given(LENGTHS, st.integers(1, 400), st.booleans())
+def test_pieces_fit_and_fill_every_place_once(lengths, token_budget, whole_groups):
+    batch = sized(lengths)
+    num_prompts, group = batch.completion_ids.shape[:2]
+    counts, tokens = torch.zeros(num_prompts, group), torch.full(batch.completion_ids.shape, -1)
+    sizes = []
+    for slot in batch.slots(token_budget, whole_groups=whole_groups):
         piece = batch.piece(slot)
-        rows, group = piece.completion_ids.shape[:2]
-        assert piece.num_padded_tokens <= token_budget or rows == group == 1
-        assert rows == 1 or group == 3
-        places[slot.rows, slot.completions] += 1
+        rows, part = piece.completion_ids.shape[:2]
+        sizes.append(piece.num_padded_tokens)
+        assert sizes[-1] <= token_budget or rows == 1 == (1 if whole_groups else part)
+        assert part == group or (rows == 1 and not whole_groups)
+        # a prompt is read again only where its group alone is too large
+        alone = batch.piece(Slot(slot.rows, tuple(range(group))))
+        assert part == group or alone.num_padded_tokens > token_budget
+        for n in slot.rows:
+            counts[n, list(slot.completions)] += 1
         slot.put(piece.completion_ids, tokens)
-    assert places.eq(1).all()
+    assert counts.eq(1).all()
+    assert sizes == sorted(sizes, reverse=True)
     assert torch.equal(tokens[batch.completion_mask], batch.completion_ids[batch.completion_mask])
-    assert tuples(slots) == sorted(tuples(slots))
-    for first, second in pairwise(slots):
-        if first.rows != second.rows and first.completions == second.completions == slice(0, 3):
-            joined = batch.piece(Slot(slice(first.rows.start, second.rows.start + 1), slice(0, 3)))
-            assert joined.num_padded_tokens > token_budget  # or the next group would have been in it
+    assert batch.slots(token_budget, whole_groups=whole_groups) == batch.slots(token_budget, whole_groups=whole_groups)
 
 
 def test_values_of_a_piece_return_to_their_place():
     scores, logprobs = torch.zeros(2, 2), torch.zeros(2, 2, 4)
-    slot = Slot(slice(1, 2), slice(0, 1))
+    slot = Slot((1,), (0,))
     slot.put(torch.tensor([[7.0]]), scores)
     slot.put(torch.tensor([[[5.0, 6.0]]]), logprobs)  # narrower than the batch
     assert scores.tolist() == [[0, 0], [7, 0]]
