@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -35,8 +35,12 @@ class Stepper:
         rewards: RewardStack,
         updater: PolicyUpdater,
         config: GRPOConfig,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model, self.engine, self.rewards, self.updater, self.config = model, engine, rewards, updater, config
+        self.clock = clock
+        """Seconds. A device may still be working when the plain one is read; a profiled run's waits for it."""
         self.num_tokens = 0
         """Completion tokens learned from so far."""
 
@@ -58,10 +62,10 @@ class Stepper:
     @contextmanager
     def _phase(self, name: str, seconds: dict[str, float]) -> Iterator[None]:
         """One phase: its time is taken, and what it leaves in torch's caches goes back, as the next one needs other sizes."""
-        started = time.perf_counter()
+        started = self.clock()
         yield
         release(self.model.device)
-        seconds[name] = time.perf_counter() - started
+        seconds[name] = self.clock() - started
 
 
 def sampling_params(
