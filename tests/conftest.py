@@ -24,11 +24,15 @@ CHECKED_MODULES = [
     "gemma_grpo.grpo.loss",
     "gemma_grpo.grpo.step",
     "gemma_grpo.model.attention",
+    "gemma_grpo.model.decode",
+    "gemma_grpo.model.grouped",
+    "gemma_grpo.model.kv_cache",
     "gemma_grpo.model.logprobs",
     "gemma_grpo.model.precision",
     "gemma_grpo.reward.generative",
     "gemma_grpo.reward.quality",
     "gemma_grpo.rollout.local",
+    "gemma_grpo.rollout.running",
     "gemma_grpo.rollout.sampling",
 ]
 install_import_hook(CHECKED_MODULES, "beartype.beartype")

@@ -29,10 +29,6 @@ FIRST_DIVISOR, LAST_DIVISOR = 64, 16384
 """64 brings 800,000 to 12,500; any of 16 to 1024 rounds alike (measured), so the first one is kept unless it is too small."""
 MAX_GATED = 2.0**14
 """Largest product of gate and up projection trusted in float16: down_proj sums 2,048 to 21,504 of them."""
-_LARGEST_EXPONENT = 14
-"""float16 ends at 2^16: a sum of a few products stays inside."""
-_LARGEST_SHIFT = 100
-"""2^100 is a float32, and brings up anything that a float32 gradient can say."""
 LIFT = 16.0
 """What the largest per-token weight is lifted to: gradients stay finite up to some 2^14 and are rounded away below 2^2 (measured on
 the large-normed model of tests/model/test_fp16.py)."""
@@ -198,28 +194,18 @@ def _too_large(what: str, value: float, limit: str) -> str:
 
 def float32_logits(hidden: Float[Tensor, "T D"], head_weight: Float[Tensor, "V D"]) -> Float[Tensor, "T V"]:
     """hidden @ head.T, accumulated and returned in float32: 16-bit logits near 70 are off by up to 0.2 nats in bfloat16."""
-    return _float32_product(hidden, head_weight.T)
+    return float32_product(hidden, head_weight.T)
 
 
-def head_gradient(logits_grad: Float[Tensor, "T V"], head_weight: Float[Tensor, "V D"]) -> Float[Tensor, "T D"]:
-    """logits_grad @ head, float32, by a product in the head's dtype. logits_grad may be overwritten: a copy of a chunk is 256 MiB.
-
-    A token's share of a gradient over 262,144 words lies below float16's smallest number: it is moved up by a power of two first.
-    """
-    if head_weight.dtype == torch.float32:
-        return logits_grad @ head_weight
-    # frexp keeps the exponent on the device: no wait for it
-    low, high = torch.aminmax(logits_grad)
-    shift = _LARGEST_EXPONENT - torch.frexp(torch.maximum(-low, high)).exponent
-    shift = shift.clamp(max=_LARGEST_SHIFT)
-    moved = logits_grad.ldexp_(shift).to(head_weight.dtype)
-    return torch.ldexp(_float32_product(moved, head_weight), -shift)
-
-
-def _float32_product(left: Tensor, right: Tensor) -> Tensor:
-    if left.is_cuda and left.dtype != torch.float32:
+def float32_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right of matrices or of equal batches of them, accumulated and returned in float32."""
+    if left.dtype == torch.float32 or not left.is_cuda:
+        return left.float() @ right.float()
+    if left.dim() == 2:
         return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
+    product: Tensor = torch.bmm(left.flatten(0, -3), right.flatten(0, -3), out_dtype=torch.float32)
+    batched: Tensor = product.unflatten(0, left.shape[:-2])
+    return batched
 
 
 class LossScale:

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gemma_grpo.data.batch import GroupBatch, pad_groups
-from gemma_grpo.model.attention import ATTENTION_NAME, DecodeLayout, GroupLayout, within_window
+from gemma_grpo.model.attention import ATTENTION_NAME, GroupLayout
 from gemma_grpo.model.gemma import Gemma
+from gemma_grpo.model.grouped import within_window
 from gemma_grpo.model.logprobs import completion_logprobs
 
 THREE_LAYERS = {
@@ -228,37 +229,6 @@ def test_a_packed_row_holds_real_tokens_only_and_each_completion_starts_after_it
     assert layout.completion_index[0, 0, :2].tolist() == [5, 6]
     assert layout.last_completion_index[0].tolist() == [6, 7]
     assert layout.last_completion_index[1, 0] == 10
-
-
-@settings(max_examples=15, deadline=None, derandomize=True)
-@given(
-    prompt_lengths=st.lists(st.integers(1, 11), min_size=1, max_size=3),
-    group=st.integers(1, 4),
-    tokens=st.integers(1, 9),
-    window=st.sampled_from([1, 4, 16]),
-)
-def test_decoding_token_by_token_equals_one_full_forward(
-    models: dict[int, Gemma], prompt_lengths: list[int], group: int, tokens: int, window: int
-) -> None:
-    model, generator = models[window], torch.Generator().manual_seed(sum(prompt_lengths) + tokens)
-    prompts = [[2, *torch.randint(107, 363, (length - 1,), generator=generator).tolist()] for length in prompt_lengths]
-    completions = torch.randint(107, 363, (len(prompts), group, tokens), generator=generator)
-    with torch.no_grad(), model.role("policy"):
-        whole = GroupLayout(pad_groups(prompts, completions.tolist()))
-        expected = model.hidden_states(whole)[whole.completion_index]  # (N, G, C, D)
-        prefill = GroupLayout(pad_groups(prompts, [[()] for _ in prompts]), keep_prompt_kv=True)
-        model.hidden_states(prefill)
-        decode = DecodeLayout(prefill, group, max_tokens=tokens)
-        for position in range(tokens):
-            ids = completions[..., position].reshape(-1, 1)
-            hidden = model.hidden_states(decode, input_ids=ids, position_ids=decode.next_positions())
-            decode.advance()
-            assert torch.allclose(hidden.view(len(prompts), group, -1), expected[:, :, position], atol=2e-5)
-
-
-def test_decoding_needs_a_prefill_that_kept_its_keys() -> None:
-    with pytest.raises(ValueError, match="keep_prompt_kv=True"):
-        DecodeLayout(GroupLayout(pad_groups([[2, 5]], [[()]])), 2, 4)
 
 
 def test_layouts_are_told_apart_from_what_is_none(models: dict[int, Gemma]) -> None:

@@ -9,14 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from live_bytes import LiveBytes
 from torch import Tensor
 
 from gemma_grpo.data.batch import GroupBatch, pad_groups
 from gemma_grpo.model.attention import GroupLayout
 from gemma_grpo.model.gemma import Gemma
-from gemma_grpo.model.logprobs import CHUNK_TOKENS, completion_logprobs, shifted, token_logprobs
+from gemma_grpo.model.logprobs import TILE, completion_logprobs, shifted, token_logprobs
 
 WIDTH, VOCABULARY = 16, 37
+TOKENS, WORDS = TILE["cpu"]
 
 
 def dense(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -25,15 +27,15 @@ def dense(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> 
     return logprobs.gather(-1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
 
 
-def random_case(tokens: int, seed: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def random_case(tokens: int, seed: int, dtype: torch.dtype = torch.float32, words: int = VOCABULARY) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, WIDTH, generator=generator).to(dtype).requires_grad_()
-    head = torch.randn(VOCABULARY, WIDTH, generator=generator).to(dtype).requires_grad_()
-    return hidden, head, torch.randint(VOCABULARY, (tokens,), generator=generator)
+    head = torch.randn(words, WIDTH, generator=generator).to(dtype).requires_grad_()
+    return hidden, head, torch.randint(words, (tokens,), generator=generator)
 
 
-def assert_streamed_is_dense(tokens: int, temperature: float, weights: tuple[float, float], seed: int = 0) -> None:
-    hidden, head, targets = random_case(tokens, seed)
+def assert_streamed_is_dense(tokens: int, temperature: float, weights: tuple[float, float], seed: int = 0, words: int = VOCABULARY) -> None:
+    hidden, head, targets = random_case(tokens, seed, words=words)
     generator = torch.Generator().manual_seed(seed + 1)
     cotangents = [weight * torch.randn(tokens, generator=generator) for weight in weights]
     results = []
@@ -52,9 +54,58 @@ def test_streamed_equals_dense_in_values_and_gradients(tokens: int, temperature:
     assert_streamed_is_dense(tokens, temperature, weights, seed)
 
 
-@pytest.mark.parametrize("tokens", [CHUNK_TOKENS - 1, CHUNK_TOKENS, CHUNK_TOKENS + 1, 2 * CHUNK_TOKENS + 3])
-def test_chunk_borders_show_nowhere(tokens: int) -> None:
-    assert_streamed_is_dense(tokens, 0.7, (1.0, 0.5))
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        *((TOKENS + extra, VOCABULARY) for extra in (-1, 0, 1, TOKENS + 3)),
+        *((3, WORDS + extra) for extra in (-1, 0, 1, WORDS + 3)),
+        (TOKENS + 1, WORDS + 1),
+    ],
+)
+def test_borders_of_tiles_show_nowhere(tokens: int, words: int) -> None:
+    assert_streamed_is_dense(tokens, 0.7, (1.0, 0.5), words=words)
+
+
+@pytest.mark.parametrize("largest", [0, WORDS - 1, WORDS, 2 * WORDS - 1, 2 * WORDS])
+@pytest.mark.parametrize("target", [0, WORDS, 2 * WORDS])
+def test_a_large_logit_in_any_tile_makes_earlier_sums_small_not_wrong(largest: int, target: int) -> None:
+    hidden, head, _ = random_case(2, 0, words=2 * WORDS + 1)
+    with torch.no_grad():
+        head[largest] *= 40
+    targets = torch.tensor([target, largest])
+    results = []
+    for function in (token_logprobs, dense):
+        logprobs, entropy = function(hidden, head, targets, 1.0)
+        results.append((logprobs, entropy, torch.autograd.grad(logprobs.sum() + 2 * entropy.sum(), hidden)[0]))
+    for streamed, expected in zip(*results, strict=True):
+        assert (streamed.double() - expected.double()).norm() < 2e-5 * expected.double().norm() + 1e-5
+
+
+def test_without_its_gradient_the_entropy_is_a_number_and_the_rest_the_same() -> None:
+    hidden, head, targets = random_case(9, 0)
+    logprobs, entropy = token_logprobs(hidden, head, targets, 0.8)
+    others = token_logprobs(hidden, head, targets, 0.8, entropy_gradient=False)
+    assert torch.equal(others[0], logprobs)
+    assert torch.equal(others[1], entropy)
+    assert not others[1].requires_grad
+    gradients = [torch.autograd.grad(values.sum(), hidden)[0] for values in (logprobs, others[0])]
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+@pytest.mark.parametrize("learning", [True, False])
+def test_what_is_held_beside_the_result_does_not_grow_with_the_number_of_tokens(learning: bool) -> None:
+    beside = []
+    for tokens in (2 * TOKENS, 8 * TOKENS):
+        hidden, head, targets = random_case(tokens, 0, words=2 * WORDS)
+        with LiveBytes([hidden, head, targets]) as live, torch.set_grad_enabled(learning):
+            logprobs, _ = token_logprobs(hidden, head, targets, entropy_gradient=False)
+            if learning:
+                torch.autograd.grad(logprobs.sum(), hidden)
+        # two numbers for each token, and learning one vector of float32, its gradient and what becomes of it on the way
+        result = tokens * 4 * (2 + (2 + 3 * WIDTH) * learning)
+        beside.append(live.peak - result)
+    assert beside[1] <= beside[0]
+    assert beside[0] < 3.2 * TOKENS * WORDS * 4
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0)])
@@ -99,7 +150,7 @@ def test_extreme_logits_stay_finite() -> None:
 
 def test_bfloat16_hidden_states_give_float32_log_probabilities() -> None:
     # against the same rounded numbers in float64: only the rounding of the gradient to bfloat16 is left
-    hidden, head, targets = random_case(CHUNK_TOKENS + 5, 0, torch.bfloat16)
+    hidden, head, targets = random_case(TOKENS + 5, 0, torch.bfloat16)
     results = []
     for function in (token_logprobs, dense):
         logprobs, entropy = function(hidden, head, targets, 0.8)

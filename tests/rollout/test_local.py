@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import shutil
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from gemma_grpo.config.schema import LoraSettings
@@ -24,7 +24,8 @@ from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.model.logprobs import completion_logprobs
 from gemma_grpo.model.memory import DoesNotFitError
 from gemma_grpo.rollout.engine import RolloutEngine, SamplingParams
-from gemma_grpo.rollout.local import LocalEngine
+from gemma_grpo.rollout.local import EVERY_TOKEN, IN_BURSTS, LocalEngine, Pace, room_for
+from gemma_grpo.rollout.running import filled_from_the_end
 from gemma_grpo.types import Prompt, RolloutGroup
 
 STOP = 1
@@ -209,8 +210,10 @@ def test_a_prompt_is_prefilled_once_for_its_group(model: Gemma, prompts: list[Pr
     groups = LocalEngine(model).sample(prompts, replace(PARAMS, num_generations=8))
     hook.remove()
     assert seen[0] == sum(len(prompt.token_ids) for prompt in prompts) == 46
-    assert seen[1:] == [4 * 8] * 11  # one token of each completion at a time; the last one is sampled and never read
-    assert max(len(c.token_ids) for group in groups for c in group.completions) == 12
+    lengths = [len(c.token_ids) for group in groups for c in group.completions]
+    # one token of each completion that still runs; its last one is sampled and never read
+    assert seen[1:] == [sum(length > step for length in lengths) for step in range(1, max(lengths))]
+    assert sum(seen) == 46 + sum(lengths) - 4 * 8
 
 
 def test_decoding_ends_with_the_last_running_completion(model: Gemma, prompts: list[Prompt]) -> None:
@@ -280,69 +283,84 @@ def test_bfloat16_samples_near_what_it_trains(new_gemma: Callable[..., Gemma], p
 # ---- how many keys and values are held
 
 
-@dataclass
-class Watched:
-    """What a rollout held, noted at every pass of the model."""
-
-    prefills: list[int] = field(default_factory=list)
-    """Prompts of each part."""
-    held: list[int] = field(default_factory=list)
-    """Tokens whose keys and values a layer holds."""
-    left: list[int] = field(default_factory=list)
-    """At each prefill: caches of earlier parts that still exist."""
-    caches: list[weakref.ref[Any]] = field(default_factory=list)
-
-    def look(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        layout = kwargs["layout"]
-        if isinstance(layout, GroupLayout):
-            self.prefills.append(len(layout.batch.prompt_ids))
-            self.held.append(layout.batch.prompt_mask.numel())
-            self.left.append(sum(cache() is not None for cache in self.caches))
-        else:
-            own = [keys.shape[0] * keys.shape[2] for keys, _ in layout.own_kv.values()]
-            self.held.append(layout.prompt_mask.numel() + max(own, default=0))
-        self.caches.append(weakref.ref(layout))
-
-
 @contextmanager
-def watched(model: Gemma) -> Iterator[Watched]:
-    found = Watched()
-    hook = model.causal_lm.model.layers[0].self_attn.register_forward_pre_hook(found.look, with_kwargs=True)
-    gc.disable()  # what is freed must be freed without it
+def counted_prefills(model: Gemma) -> Iterator[list[int]]:
+    """Number of prompts in each prefill."""
+    seen: list[int] = []
+
+    def look(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append(len(kwargs["layout"].batch.prompt_ids))
+
+    hook = model.causal_lm.model.layers[0].self_attn.register_forward_pre_hook(look, with_kwargs=True)
     try:
-        yield found
+        yield seen
     finally:
-        gc.enable()
         hook.remove()
 
 
-# prompts of 4, 21, 8 and 13 tokens with <bos>, each with four completions of at most 12
+# prompts of 4, 21, 8 and 13 tokens with <bos>, each with four completions of at most 12: a group is planned as 21 + 4 x 12 = 69
 @pytest.mark.parametrize(
-    ("kv_tokens", "prefills"),
+    ("kv_tokens", "room", "prefills"),
     [
-        (None, [4]),
-        (4 * (21 + 4 * 12), [4]),
-        (4 * (21 + 4 * 12) - 1, [2, 2]),  # of 21 and 13, of 8 and 4
-        (2 * (21 + 4 * 12), [2, 2]),
-        (21 + 4 * 12, [1, 1, 1, 1]),
-        (45, [1] * 8),  # completions 3 + 1, 1 + 1 + ... of 4 + 3 x 12 = 40, 21 + 2 x 12 = 45, 8 + 3 x 12 = 44 and 13 + 2 x 12 = 37
-        (1, [1] * 16),  # one at a time, however little may be held
+        (None, (4, 16), [4]),
+        (4 * 69, (4, 16), [4]),
+        (4 * 69 - 1, (4, 12), [3, 1]),  # three groups and 68 tokens left: room for a prompt more, which starts when four rows are free
+        (2 * 69, (2, 8), [2, 2]),  # both groups have a completion of 12 tokens: they make room together
+        (69, (1, 4), [1, 1, 1, 1]),
+        (45, (1, 2), [1, 1, 1, 1]),  # 21 + 2 x 12: a prompt stays until its last completion has started
+        (1, (1, 1), [1, 1, 1, 1]),  # one at a time, however little may be held
     ],
 )
+@pytest.mark.parametrize("pace", [EVERY_TOKEN, IN_BURSTS, Pace(check_every=3, length_step=4, thin_out_at=0.7)])
 def test_the_completions_do_not_depend_on_how_many_are_sampled_together(
-    model: Gemma, prompts: list[Prompt], kv_tokens: int | None, prefills: list[int]
+    model: Gemma, prompts: list[Prompt], kv_tokens: int | None, room: tuple[int, int], prefills: list[int], pace: Pace
 ) -> None:
     expected = LocalEngine(model).sample(prompts, PARAMS)
-    with watched(model) as seen:
-        found = LocalEngine(model, kv_tokens).sample(prompts, PARAMS)
+    found_room = room_for(prompts, PARAMS, kv_tokens)
+    assert (found_room.prompts, found_room.rows) == room
+    assert found_room.tokens <= max(kv_tokens or 276, 21 + 12)
+    with counted_prefills(model) as seen:
+        found = LocalEngine(model, kv_tokens, pace=pace).sample(prompts, PARAMS)
     assert texts(found) == texts(expected)
     for one, other in zip(found, expected, strict=True):
         for first, second in zip(one.completions, other.completions, strict=True):
+            assert first.finish == second.finish
             assert first.sampling_logprobs == pytest.approx(second.sampling_logprobs, abs=1e-5)
-    assert seen.prefills == prefills
-    if kv_tokens is not None:
-        assert max(seen.held) <= max(kv_tokens, 21 + 12)
-    assert seen.left == [0] * len(prefills)
+    assert seen == prefills
+
+
+def test_a_free_row_is_taken_while_others_run(model: Gemma, prompts: list[Prompt]) -> None:
+    # 16 completions of 1 to 12 tokens, 5 rows of which one prompt's four are started together: waiting for the slowest of each
+    # four would take the sum of their longest
+    rows: list[int] = []
+    hook = model.causal_lm.model.embed_tokens.register_forward_hook(lambda module, args, out: rows.append(args[0].numel()))
+    groups = LocalEngine(model, 45).sample(prompts, replace(PARAMS, num_generations=8))  # two rows, eight completions each
+    hook.remove()
+    lengths = [[len(c.token_ids) for c in group.completions] for group in groups]
+    pairs = sum(max(group[at : at + 2]) for group in lengths for at in range(0, 8, 2))
+    steps = [count for count in rows if count <= 2]
+    assert sum(steps) == sum(map(sum, lengths)) - 32
+    assert len(steps) < pairs - 16
+
+
+def test_a_processor_sees_which_completion_and_position_it_changes(model: Gemma, prompts: list[Prompt]) -> None:
+    def forced(logits: torch.Tensor, completions: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Completion c stops after c + 1 tokens, of word 200 + position."""
+        wanted = torch.where(positions < completions, 200 + positions, 106)
+        return torch.full_like(logits, -1e9).scatter(1, wanted[:, None], 0.0)
+
+    for kv_tokens, pace in ((None, EVERY_TOKEN), (69, EVERY_TOKEN), (45, IN_BURSTS)):
+        groups = LocalEngine(model, kv_tokens, processor=forced, pace=pace).sample(prompts[:3], PARAMS)
+        found = [completion for row in texts(groups) for completion in row]
+        assert found == [tuple([*range(200, 200 + c), 106][:12]) for c in range(12)]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.booleans(), max_size=12))
+def test_holes_are_filled_from_the_end(wanted: list[bool]) -> None:
+    kept = filled_from_the_end(wanted)
+    assert sorted(kept) == [place for place, is_wanted in enumerate(wanted) if is_wanted]
+    assert all(kept[place] == place for place in range(len(kept)) if wanted[place])
 
 
 def test_running_out_of_memory_while_sampling_names_the_setting_that_helps(model: Gemma, prompts: list[Prompt]) -> None:
@@ -353,7 +371,7 @@ def test_running_out_of_memory_while_sampling_names_the_setting_that_helps(model
     with pytest.raises(DoesNotFitError) as caught:
         LocalEngine(model, 2 * 69).sample(prompts, PARAMS)
     assert str(caught.value) == (
-        "out of memory on cpu while sampling: 2 prompts with 4 completions each hold up to 138 tokens of keys and values. "
+        "out of memory on cpu while sampling: 2 prompts and 8 completions hold up to 138 tokens of keys and values. "
         "Set memory.kv_token_budget=69, or lower num_generations or max_completion_length."
     )
     hook.remove()

@@ -1,0 +1,236 @@
+"""Attention of packed groups as matrix products: a prompt's keys are read by all its completions at once, and are never copied for them.
+
+A block is some queries of one prompt's group (or of the prompt itself): they share the keys before them, and each sequence has its own.
+Scores exist for one block at a time, forward and backward; nothing is kept but what went in. Masks come from *positions*, of real
+tokens only: causality hides a rectangle's padding, so there is none to mask. Owns these products, not who makes up a group (attention.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from gemma_grpo.model.precision import float32_product
+
+BLOCK_SCORES = {"cpu": 2**21, "cuda": 2**26}
+"""Scores of one block, all heads: float32 of them and three more copies live at a time (on a CPU they should stay in its cache)."""
+
+
+def within_window(query_positions: Int[Tensor, "*b Q"], key_positions: Int[Tensor, "*b K"], window: int | None) -> Bool[Tensor, "*b Q K"]:
+    """Causal, and no further back than the window, which counts the token itself (transformers: key > query - window)."""
+    distance = query_positions[..., :, None] - key_positions[..., None, :]
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Consecutive sequences of a packed row that follow the same `before` tokens, which stand from `start` on."""
+
+    start: int
+    before: int
+    first: int
+    """Packed index of the first sequence's first token."""
+    lengths: tuple[int, ...]
+
+    def rows(self, width: int) -> tuple[Int[Tensor, "S W"], Bool[Tensor, "S W"]]:
+        """Packed index of each token in a rectangle, and which of its places are real; on the host."""
+        lengths, columns = torch.tensor(self.lengths), torch.arange(width)
+        return self.first + (lengths.cumsum(0) - lengths)[:, None] + columns, columns < lengths[:, None]
+
+
+class Block:
+    """Queries `first` to `last` of each of some sequences. Keys: the shared ones before the sequences, and each one's own so far."""
+
+    def __init__(self, sequences: Sequences, first: int, last: int, window: int | None, device: torch.device) -> None:
+        reach = 0 if window is None else window - 1
+        oldest = 0 if window is None else max(0, sequences.before + first - reach)
+        own = 0 if window is None else max(0, first - reach)  # the first own key that any of these queries sees
+        self.shared = slice(sequences.start + min(oldest, sequences.before), sequences.start + sequences.before)
+        rows, real = sequences.rows(last)
+        rows = torch.where(real, rows, sequences.first)  # padding stands on a token that is there
+        self.shape = (len(sequences.lengths), last - first)
+        self.queries, self.keys = (_Rows(rows[:, column:], real[:, column:], device) for column in (first, own))
+        positions = sequences.before + torch.arange(last, device=device)
+        before = torch.arange(sequences.before - (self.shared.stop - self.shared.start), sequences.before, device=device)
+        self.mask = _bias(positions[first:], torch.cat([before, positions[own:]]), window)
+
+    def scores(self, query: Float[Tensor, "K SQR D"], shared: Tensor, own: Tensor, rest: float) -> Float[Tensor, "K SQR P"]:
+        """Masked scores, float32; query already carries the power of two in the scaling."""
+        parts = [float32_product(query, shared.transpose(1, 2)), self.by_sequence(query, own.transpose(1, 2))]
+        scores = torch.cat(parts, -1)
+        if rest != 1.0:
+            scores *= rest
+        # [K, S, Q, R, keys]: one mask for all heads and sequences
+        scores.view(len(query), self.shape[0], self.shape[1], -1, scores.shape[-1]).add_(self.mask[:, None])
+        return scores
+
+    def by_sequence(self, rows: Float[Tensor, "K SQR X"], own: Float[Tensor, "KS X Y"]) -> Float[Tensor, "K SQR Y"]:
+        """Each sequence's rows times its own matrix."""
+        return float32_product(rows.unflatten(1, (self.shape[0], -1)).flatten(0, 1), own).view(len(rows), rows.shape[1], -1)
+
+    def read(self, weights: Float[Tensor, "K SQR P"], shared: Tensor, own: Tensor) -> Float[Tensor, "K SQR D"]:
+        """Weighted sums over both parts, float32."""
+        width = shared.shape[1]
+        return float32_product(weights[..., :width], shared).add_(self.by_sequence(weights[..., width:], own))
+
+    def spread(self, weights: Float[Tensor, "K SQR P"], rows: Float[Tensor, "K SQR D"], shared: int) -> tuple[Tensor, Tensor]:
+        """The transpose of `read`: what each key receives, shared [K P D] and own [KS Y D]."""
+        own = weights[..., shared:].unflatten(1, (self.shape[0], -1)).flatten(0, 1)
+        by_sequence = rows.unflatten(1, (self.shape[0], -1)).flatten(0, 1)
+        return float32_product(weights[..., :shared].transpose(1, 2), rows), float32_product(own.transpose(1, 2), by_sequence)
+
+
+class _Rows:
+    """Places of a packed row as a rectangle [S, W]; a slice where they simply follow each other."""
+
+    def __init__(self, rows: Int[Tensor, "S W"], real: Bool[Tensor, "S W"], device: torch.device) -> None:
+        self.shape, flat = rows.shape, rows.flatten()
+        self.real = None if real.all() else real.flatten().nonzero()[:, 0].to(device)
+        self.padding = None if self.real is None else ~real.flatten().to(device)
+        follows = self.real is None and torch.equal(flat, torch.arange(int(flat[0]), int(flat[0]) + len(flat)))
+        self.places: slice | Tensor = slice(int(flat[0]), int(flat[-1]) + 1) if follows else flat.to(device)
+
+    def take(self, packed: Float[Tensor, "T H D"]) -> Float[Tensor, "SW H D"]:
+        """The rectangle's rows; padding repeats a real one."""
+        return packed[self.places] if isinstance(self.places, slice) else packed.index_select(0, self.places)
+
+    def take_real(self, packed: Float[Tensor, "T H D"]) -> Float[Tensor, "SW H D"]:
+        """The rectangle's rows, padding zero."""
+        rows = self.take(packed)
+        return rows if self.padding is None else rows.masked_fill(self.padding[:, None, None], 0.0)
+
+    def put(self, rows: Float[Tensor, "SW H D"], into: Float[Tensor, "T H D"]) -> None:
+        """Write real rows to their places."""
+        if self.real is None:
+            into[self.places] = rows
+        else:
+            into[self.places[self.real]] = rows[self.real]  # type: ignore[index]
+
+    def add(self, rows: Float[Tensor, "SW H D"], into: Float[Tensor, "T H D"]) -> None:
+        """Add rows to their places; those of padding must be zero."""
+        if isinstance(self.places, slice):
+            into[self.places] += rows
+        else:
+            into.index_add_(0, self.places, rows.contiguous())
+
+
+def blocks_of(
+    prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], heads: int, window: int | None, device: torch.device
+) -> list[Block]:
+    """Every query of the packed row [all prompts, all completions] in one block, none of more than BLOCK_SCORES scores if it can be cut."""
+    limit = BLOCK_SCORES["cuda" if device.type == "cuda" else "cpu"] // heads
+    found: list[Block] = []
+    start, first = 0, sum(prompt_lengths)
+    for length, group in zip(prompt_lengths, completion_lengths, strict=True):
+        found += _cut(Sequences(start, 0, start, (length,)), window, limit, device)
+        for some in _runs(group, length, window, limit):
+            found += _cut(Sequences(start, length, first, some), window, limit, device)
+            first += sum(some)
+        start += length
+    return found
+
+
+def _runs(lengths: Sequence[int], before: int, window: int | None, limit: int) -> Iterator[tuple[int, ...]]:
+    """Consecutive sequences together while their scores stay within the limit."""
+    run: list[int] = []
+    for length in lengths:
+        longest = max(length, *run, 0)
+        if run and (len(run) + 1) * longest * (_reached(before, window) + longest) > limit:
+            yield tuple(run)
+            run = []
+        run.append(length)
+    if run:
+        yield tuple(run)
+
+
+def _cut(sequences: Sequences, window: int | None, limit: int, device: torch.device) -> Iterator[Block]:
+    """Blocks of as many queries as the limit allows."""
+    longest = max(sequences.lengths)
+    most = max(1, limit // (len(sequences.lengths) * max(1, _reached(sequences.before, window) + longest)))
+    count = math.ceil(longest / most)
+    for index in range(count):
+        yield Block(sequences, longest * index // count, longest * (index + 1) // count, window, device)
+
+
+def _reached(before: int, window: int | None) -> int:
+    return before if window is None else min(before, window - 1)
+
+
+def _bias(queries: Int[Tensor, " Q"], keys: Int[Tensor, " Y"], window: int | None) -> Float[Tensor, "Q Y"]:
+    return torch.zeros(len(queries), len(keys), device=keys.device).masked_fill_(~within_window(queries, keys, window), -torch.inf)
+
+
+class PackedAttention(torch.autograd.Function):
+    """softmax(query key^T scaling) value over blocks; query [T H D], key and value [T K D] -> [T H D]."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], scaling: float) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.blocks, ctx.scaling = blocks, scaling
+        out = torch.empty_like(query)
+        for block in blocks:
+            states = _States(block, query, key, value, scaling)
+            rows = block.read(states.weights.to(query.dtype), states.shared_v, states.own_v)
+            block.queries.put(states.packed(rows).to(out.dtype), out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        """d score = weight (d weight - sum over keys of weight d weight); scores are made again."""
+        query, key, value = ctx.saved_tensors
+        totals = [torch.zeros_like(states, dtype=torch.float32) for states in (query, key, value)]
+        for block in ctx.blocks:
+            states = _States(block, query, key, value, ctx.scaling)
+            states.add_gradients(grads[0], totals)
+        return totals[0].to(query.dtype), totals[1].to(key.dtype), totals[2].to(value.dtype), None, None
+
+
+class _States:
+    """One block's queries, keys and values as [key heads, rows, D], and its attention weights."""
+
+    def __init__(self, block: Block, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        self.block, self.kv_heads, self.dtype = block, key.shape[1], query.dtype
+        # the power of two in the scaling comes first, which rounds nothing: unscaled products can pass float16's 65,504
+        self.power = 2.0 ** math.floor(math.log2(scaling))
+        self.rest = scaling / self.power
+        self.query = self._heads(block.queries.take(query)) * self.power
+        self.shared_k, self.shared_v = (states[block.shared].transpose(0, 1) for states in (key, value))
+        self.own_k, self.own_v = (self._own(block.keys.take(states)) for states in (key, value))
+        self.weights = block.scores(self.query, self.shared_k, self.own_k, self.rest).softmax(-1)
+
+    def _heads(self, rows: Float[Tensor, "SQ H D"]) -> Float[Tensor, "K SQR D"]:
+        heads: Tensor = rows.unflatten(1, (self.kv_heads, -1)).transpose(0, 1).flatten(1, 2)
+        return heads
+
+    def _own(self, rows: Float[Tensor, "SY K D"]) -> Float[Tensor, "KS Y D"]:
+        own: Tensor = rows.unflatten(0, self.block.keys.shape).permute(2, 0, 1, 3).flatten(0, 1)
+        return own
+
+    def packed(self, rows: Float[Tensor, "K SQR D"]) -> Float[Tensor, "SQ H D"]:
+        """Rows by sequence and query again, all heads of each together."""
+        count = self.block.shape[0] * self.block.shape[1]
+        packed: Tensor = rows.unflatten(1, (count, -1)).transpose(0, 1).flatten(1, 2)
+        return packed
+
+    def add_gradients(self, grad: Float[Tensor, "T H D"], totals: Sequence[Tensor]) -> None:
+        """Add what the block gives to d query, d key and d value."""
+        block, width = self.block, self.shared_k.shape[1]
+        rows = self._heads(block.queries.take_real(grad))
+        parts = [float32_product(rows, self.shared_v.transpose(1, 2)), block.by_sequence(rows, self.own_v.transpose(1, 2))]
+        weight_grad = torch.cat(parts, -1)
+        score_grad = torch._softmax_backward_data(weight_grad, self.weights, -1, torch.float32).to(self.dtype)
+        del parts, weight_grad
+        if self.rest != 1.0:
+            score_grad *= self.rest
+        block.queries.add(self.packed(block.read(score_grad, self.shared_k, self.own_k)).mul_(self.power), totals[0])
+        for total, weights, states in ((totals[1], score_grad, self.query), (totals[2], self.weights.to(self.dtype), rows)):
+            shared, own = block.spread(weights, states, width)
+            total[block.shared] += shared.transpose(0, 1)
+            own = own.unflatten(0, (self.kv_heads, -1)).permute(1, 2, 0, 3).flatten(0, 1)
+            block.keys.add(own, total)

@@ -1,0 +1,196 @@
+"""The completions being sampled: one more token of each, drawn from the model's own distribution, without waiting for the device.
+
+Owns what is known of every running row on the device (tokens, log-probabilities, whether it has stopped) and, on a GPU, the graphs
+that its steps are replayed from. Which completions run is local.py's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gemma_grpo.data.batch import GroupBatch
+from gemma_grpo.model.attention import GroupLayout
+from gemma_grpo.model.decode import Decoder, decode_cache
+from gemma_grpo.model.gemma import Gemma
+from gemma_grpo.model.kv_cache import Extent
+from gemma_grpo.rollout.engine import SamplingParams
+from gemma_grpo.rollout.sampling import draw, filtered, uniforms
+
+LogitsProcessor = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(logits [B V] float32, completions [B], positions [B]) -> logits: changes what is sampled, before the temperature.
+
+`completions` are numbered through the whole rollout, n * G + g; `positions` are the completion positions now drawn."""
+
+EAGER_STEPS = 2
+"""Steps of one extent before it is captured: the libraries choose their kernels in the first, and a short-lived extent is not worth it."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What is held at a time: so many prompts of up to `width` tokens, so many rows of up to `length` own ones."""
+
+    prompts: int
+    width: int
+    rows: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Of keys and values in a global layer; a sliding one keeps what its window reaches."""
+        return self.prompts * self.width + self.rows * self.length
+
+
+class RunningRows:
+    """Rows 0 to B-1 of buffers made for `room.rows`; `numbers` says which completion each is, `alive` whether it still runs."""
+
+    def __init__(
+        self, model: Gemma, room: Room, params: SamplingParams, stop_ids: Sequence[int], processor: LogitsProcessor | None
+    ) -> None:
+        self.model, self.room, self.params, self.processor = model, room, params, processor
+        device = model.device
+        self.cache = decode_cache(model, prompts=room.prompts, prompt_width=room.width, rows=room.rows, length=room.length)
+        self.decoder = Decoder(model, room.width + room.length)
+        self.stop_ids = torch.tensor(stop_ids, device=device)
+        self.numbers: list[int] = []
+        self.alive: list[bool] = []
+        self._last_hidden = model.head_weight.new_zeros((room.prompts, model.head_weight.shape[1]))
+        self._number, self._keys, self._ids, self._drawn = (torch.zeros(room.rows, dtype=torch.long, device=device) for _ in range(4))
+        self._stopped, self._broken = (torch.zeros(room.rows, dtype=torch.bool, device=device) for _ in range(2))
+        # one column more: what a row draws between its last token and the next look goes there
+        self._tokens = torch.zeros((room.rows, room.length + 1), dtype=torch.long, device=device)
+        self._logprobs = torch.zeros(self._tokens.shape, device=device)
+        self._graphs = StepGraphs(self._step) if device.type == "cuda" and processor is None else None
+
+    # ---- rows come
+
+    def prefill(self, prompts: GroupBatch) -> None:
+        """Compute prompts, once each, into the cache's next free slots."""
+        first, prompts = self.cache.num_prompts, prompts.to(self.model.device)
+        layout = GroupLayout(prompts, keep_prompt_kv=self.cache.prefilling(prompts.prompt_mask.sum(-1)))
+        hidden = self.model.hidden_states(layout)[layout.last_prompt_index]
+        self._last_hidden[first : first + len(hidden)] = hidden
+
+    def start(self, numbers: Sequence[int], slots: Sequence[int], keys: Int[Tensor, " B"]) -> None:
+        """New rows after the present ones, reading the prompts in these slots; each draws its first token."""
+        rows = slice(len(self.numbers), len(self.numbers) + len(numbers))
+        self.numbers += numbers
+        self.alive += [True] * len(numbers)
+        self.cache.add_rows(slots)
+        self._number[rows] = torch.tensor(numbers, device=self._number.device)
+        self._keys[rows] = keys.to(self._keys.device)
+        self._drawn[rows], self._stopped[rows], self._broken[rows] = 0, False, False
+        prompts = sorted(set(slots))  # a group shares its prompt's last hidden state, and the product with the head
+        logits = self.model.logits(self._last_hidden[prompts])[[prompts.index(slot) for slot in slots]]
+        self._draw(rows, logits)
+
+    # ---- a step
+
+    def advance(self, most: int, length_step: int) -> None:
+        """Up to `most` tokens of every row, none once every row must have ended."""
+        left = max(self.room.length - 1 - length for length, alive in zip(self.cache.host_lengths, self.alive, strict=True) if alive)
+        for _ in range(min(most, left)):
+            extent = self.cache.extent(length_step)
+            (self._graphs or self._step)(extent)
+            self.cache.advance()
+
+    def _step(self, extent: Extent) -> None:
+        """Device work alone, on buffers that stay where they are: what a graph can replay."""
+        hidden = self.decoder.step(self._ids[: extent.rows], self.cache, extent)
+        self._draw(slice(0, extent.rows), self.model.logits(hidden))
+
+    def _draw(self, rows: slice, logits: Float[Tensor, "B V"]) -> None:
+        params, place = self.params, self._drawn[rows].clamp(max=self.room.length)
+        if self.processor is not None:
+            logits = self.processor(logits, self._number[rows], place)
+        if params.temperature != 1.0:
+            logits = logits / params.temperature
+        token, logprob = draw(filtered(logits, top_k=params.top_k, top_p=params.top_p), uniforms(self._keys[rows], place))
+        self._tokens[rows].scatter_(1, place[:, None], token[:, None])
+        self._logprobs[rows].scatter_(1, place[:, None], logprob[:, None])
+        self._ids[rows] = token
+        self._stopped[rows] |= (token[:, None] == self.stop_ids).any(-1)
+        self._broken[rows] |= ~torch.isfinite(logprob)
+        self._drawn[rows] += 1
+
+    # ---- rows go
+
+    def finished(self) -> Iterator[tuple[int, list[int], list[float]]]:
+        """Number, tokens and log-probabilities of each row that has ended since the last call. The one look at the device.
+
+        Raises FloatingPointError where a running row's logits were not finite.
+        """
+        count = len(self.numbers)
+        stopped, broken = torch.stack([self._stopped[:count], self._broken[:count]]).tolist()
+        for row in range(count):
+            if not self.alive[row] or not (stopped[row] or broken[row] or self.cache.host_lengths[row] + 1 >= self.room.length):
+                continue
+            tokens, logprobs = self._ended(row)
+            _check_finite(logprobs, self.params.role)
+            self.alive[row] = False
+            yield self.numbers[row], tokens, logprobs
+
+    def _ended(self, row: int) -> tuple[list[int], list[float]]:
+        """A row's tokens up to the first stop; what was drawn after it, before the row was looked at, is nothing."""
+        drawn = min(self.cache.host_lengths[row] + 1, self.room.length)
+        tokens, logprobs = self._tokens[row, :drawn].tolist(), self._logprobs[row, :drawn].tolist()
+        stops = set(self.stop_ids.tolist())
+        end = next((place + 1 for place, token in enumerate(tokens) if token in stops), drawn)
+        return tokens[:end], logprobs[:end]
+
+    def thin_out(self) -> None:
+        """Take out the rows that have ended; others move into their places."""
+        kept = filled_from_the_end(self.alive)
+        self.cache.keep_rows(kept)
+        order = torch.tensor(kept, dtype=torch.long, device=self._ids.device)
+        for buffer in (self._number, self._keys, self._ids, self._drawn, self._stopped, self._broken, self._tokens, self._logprobs):
+            buffer[: len(kept)] = buffer[order]
+        self.numbers = [self.numbers[row] for row in kept]
+        self.alive = [True] * len(kept)
+
+    def keep_prompts(self, kept: Sequence[int]) -> None:
+        """Prompt slot i is now the former slot kept[i]; the others are free."""
+        self.cache.keep_prompts(kept)
+        self._last_hidden[: len(kept)] = self._last_hidden[list(kept)]
+
+
+class StepGraphs:
+    """One CUDA graph per extent: a step is then one launch instead of some thousand. A call makes the step, replayed or not."""
+
+    def __init__(self, step: Callable[[Extent], None]) -> None:
+        self._step = step
+        self._eager: dict[Extent, int] = {}
+        self._graphs: dict[Extent, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()  # graphs never run at once: they share what they need between products
+
+    def __call__(self, extent: Extent) -> None:
+        self._eager[extent] = self._eager.get(extent, 0) + 1
+        if extent not in self._graphs:
+            if self._eager[extent] <= EAGER_STEPS:
+                self._step(extent)
+                return
+            self._graphs[extent] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graphs[extent], pool=self._pool):
+                self._step(extent)
+        self._graphs[extent].replay()
+
+
+def filled_from_the_end(wanted: Sequence[bool]) -> list[int]:
+    """Who stands where when the unwanted are gone: places kept are kept, holes filled by those behind.
+
+    [True, False, True, True] -> [0, 3, 2]
+    """
+    count = sum(wanted)
+    movers = iter([place for place in range(len(wanted) - 1, -1, -1) if wanted[place] and place >= count])
+    return [place if wanted[place] else next(movers) for place in range(count)]
+
+
+def _check_finite(logprobs: Sequence[float], role: str) -> None:
+    broken = next((place for place, logprob in enumerate(logprobs) if not math.isfinite(logprob)), None)
+    if broken is not None:
+        raise FloatingPointError(f"the {role}'s logits are not finite at completion position {broken}: its weights have diverged.")
