@@ -34,6 +34,7 @@ ROWS: dict[str, float] = {
     "rollout": 4,
     "evaluation": 5,
     "agreement": 5,
+    "profile": 5,
     "diagnosis": 6,
     "export": 5,
     "monitor.alarms": 5,

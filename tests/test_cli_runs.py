@@ -77,6 +77,19 @@ def test_train_writes_the_run_directory_and_evaluate_and_report_read_it(
     assert (output / "report.html").read_text(encoding="utf-8").startswith("<!")
 
 
+def test_a_profile_is_printed_written_and_in_the_report(
+    tiny_model_dir: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    assert train(tiny_model_dir, prompts, output, RULE, "--profile") == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert printed.index("Where the time of a step goes") < printed.index("rollout  ") < printed.index("adapter: ")
+    profile = json.loads((output / "profile.json").read_text(encoding="utf-8"))
+    assert profile["steps"] == {"earlier": 0, "profiled": 2, "counted": [2, 2]}
+    assert profile["advice"] in printed
+    assert profile["advice"] in (output / "report.html").read_text(encoding="utf-8")
+
+
 def test_the_resolved_recipe_repeats_the_run(tiny_model_dir: Path, prompts: Path, tmp_path: Path) -> None:
     assert train(tiny_model_dir, prompts, tmp_path / "first", RULE) == 0
     assert run(["train", str(tmp_path / "first" / "recipe.yaml"), f"output_dir={tmp_path / 'second'}"]) == 0

@@ -29,6 +29,7 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Fetch, load and check data and model; show the plan; train nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir from its last checkpoint.")] = False,
     force: Force = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the time goes, beside what this machine could do.")] = False,
 ) -> None:
     """Train a policy: the reward adapter first if there is none, then GRPO, then before and after on held-out prompts."""
     trainer = _trainer(recipe, overrides, check_fit=not (force or resume))
@@ -38,7 +39,7 @@ def train(
 
     from gemma_grpo.monitor.report import write_report
 
-    evaluation = trainer.train(resume_from_checkpoint=True if resume else None, force=force)
+    evaluation = trainer.train(resume_from_checkpoint=True if resume else None, force=force, profile=profile)
     path = write_report(trainer.run_dir)
     print("\n".join(["", *reward_lines(read_calibration(trainer.run_dir)), *evaluation_lines(evaluation)]))
     print(f"adapter: {trainer.run_dir / 'adapter'}\nreport:  {path}")

@@ -21,14 +21,25 @@ from gemma_grpo.data.prompts import order
 from gemma_grpo.grpo.assess import evaluate_policy, train_and_measure_reward
 from gemma_grpo.grpo.explain import step_warnings
 from gemma_grpo.grpo.preflight import check_pairs_are_left, check_reward_can_be_had, hold_to_limit, plan_for, refuse_unless_it_fits
-from gemma_grpo.grpo.setup import TRAINED, Rows, build_reward_stack, build_training_data, gold_margin, known_gold, load_rows, reward_weights
+from gemma_grpo.grpo.setup import (
+    TRAINED,
+    ZERO_SHOT,
+    Rows,
+    build_reward_stack,
+    build_training_data,
+    gold_margin,
+    known_gold,
+    load_rows,
+    reward_weights,
+)
 from gemma_grpo.grpo.step import Stepper
 from gemma_grpo.grpo.update import PolicyUpdater
 from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.model.memory import TokenBudget, release
 from gemma_grpo.monitor.events import RunDirectory, next_run_path
 from gemma_grpo.monitor.terminal import ProgressView
-from gemma_grpo.planner import Plan
+from gemma_grpo.planner import Plan, find_shape
+from gemma_grpo.profile.recorder import PROFILE, PhaseWork, Profiler
 from gemma_grpo.rollout.local import LocalEngine
 from gemma_grpo.shapes import known_shapes
 from gemma_grpo.types import Prompt
@@ -85,6 +96,7 @@ class GRPOTrainer:
         self._rows: Rows | None = None
         self._calibration: dict[str, Any] = {}
         self._prepared, self._for_reward_alone = False, False
+        self._profiler: Profiler | None = None
         self.step = 0
 
     # ---- what a user calls
@@ -95,13 +107,15 @@ class GRPOTrainer:
         recorded = {} if self._run is None else self._run.read_run().get("plan", {})
         return replace(plan_for(self.config, rewards, recorded, card), num_prompts=len(self.data.prompts) if self._prepared else None)
 
-    def train(self, resume_from_checkpoint: bool | None = None, *, force: bool = False) -> dict[str, Any]:
+    def train(self, resume_from_checkpoint: bool | None = None, *, force: bool = False, profile: bool = False) -> dict[str, Any]:
         """The whole road: reward adapter (when the reward is the trained judge), GRPO, evaluation. Returns the evaluation.
 
         With resume_from_checkpoint the run in output_dir goes on after its newest checkpoint. Raises PreflightError, before
-        anything is loaded, when the plan does not fit; `force` runs all the same.
+        anything is loaded, when the plan does not fit; `force` runs all the same. `profile` measures this machine and writes
+        profile.json: where the time went, beside what the machine could do.
         """
-        with self._running(resume=bool(resume_from_checkpoint), force=force):
+        started = time.perf_counter()
+        with self._running(resume=bool(resume_from_checkpoint), force=force), self._profiled(started if profile else None):
             checkpoint = self._checkpoint_to_go_on_from() if resume_from_checkpoint else None
             if checkpoint is not None:
                 self._load_reward()
@@ -156,8 +170,10 @@ class GRPOTrainer:
         return self.run.path
 
     def _loop(self) -> None:
-        self.view.phase("training", self._product())
+        self.view.phase("training", f"{self.plan().product}; {len(self.data.prompts)} prompts, {self.total_steps} steps")
         retries = self.model.budget.halvings
+        if self._profiler:
+            self._profiler.begin(self.step)
         while self.step < self.total_steps:
             record, scored = self.stepper.train_step(self._prompts_of_step(self.step), self.step)
             self.step += 1
@@ -173,6 +189,8 @@ class GRPOTrainer:
                 self._warn(f"the KL to the reference stayed above twice kl.ref_target: stopped at step {record.step}. Raise kl.beta.")
             if stop or self.step == self.total_steps or (self.config.save_steps and self.step % self.config.save_steps == 0):
                 self._save_checkpoint()
+            if self._profiler:
+                self._profiler.step(record, [one.group for one in scored])
             if stop:
                 return
 
@@ -181,6 +199,22 @@ class GRPOTrainer:
         self.view.warn(text)
 
     # ---- before and after the loop
+
+    @contextmanager
+    def _profiled(self, started: float | None) -> Iterator[None]:
+        """Record what happens inside, and write and show the profile however it ends; None records nothing."""
+        if started is None:
+            yield
+            return
+        judges = {name: name == TRAINED for name in (TRAINED, ZERO_SHOT) if name in self.weights and not self._function}
+        work = PhaseWork(self.model, find_shape(self.config.model_name), self.config, judges)
+        self._profiler = Profiler(self.model, work, started)
+        try:
+            yield
+        finally:
+            profile, self._profiler = self._profiler.to_dict(), None
+            self.run.write_json(PROFILE, profile)
+            self.view.profile(profile)
 
     @contextmanager
     def _running(self, *, resume: bool, force: bool) -> Iterator[None]:
@@ -283,13 +317,6 @@ class GRPOTrainer:
     def _must_train_reward(self) -> bool:
         return (TRAINED in self.weights or self._for_reward_alone) and self.config.reward_model.path is None
 
-    def _product(self) -> str:
-        config = self.config
-        return (
-            f"{config.batch_size} prompts x {config.num_generations} completions x {config.gradient_accumulation_steps} accumulation"
-            f" = {config.completions_per_step} completions per update; {len(self.data.prompts)} prompts, {self.total_steps} steps"
-        )
-
     def _prompts_of_step(self, step: int) -> Sequence[Prompt]:
         epoch, index = divmod(step, self.steps_per_epoch)
         start = index * self.config.prompts_per_step
@@ -335,7 +362,8 @@ class GRPOTrainer:
     def _build_rewards(self) -> None:
         mean = self._calibration.get("reference_mean") or 0.0
         self.rewards = build_reward_stack(self._function, self.weights, self.model, self.config, mean)
-        self.stepper = Stepper(self.model, self.engine, self.rewards, self.updater, self.config)
+        clock = self._profiler.clock if self._profiler else time.perf_counter
+        self.stepper = Stepper(self.model, self.engine, self.rewards, self.updater, self.config, clock=clock)
 
     def _save_checkpoint(self) -> None:
         tensors, controllers = self.updater.state()

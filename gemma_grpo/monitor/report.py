@@ -21,6 +21,7 @@ from markupsafe import Markup
 from gemma_grpo.monitor import findings
 from gemma_grpo.monitor.charts import Series, calibration_curve, curve
 from gemma_grpo.monitor.escapes import visible
+from gemma_grpo.monitor.profile_table import TITLE, profile_notes, profile_rows
 from gemma_grpo.monitor.run_files import Record, RunFiles, read_run_files, real, records
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -107,6 +108,9 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "calibration_chart": _calibration_chart(calibration),
         "curves": _curves(files.metrics),
         "phases": _phases(files),
+        "profile_title": TITLE,
+        "profile_rows": profile_rows(files.profile),
+        "profile_notes": profile_notes(files.profile) if files.profile else [],
         "groups": [*map(_group, _widest(files.last_groups)), *map(_group, _widest(files.first_groups)[:1] if _many_steps(files) else ())],
         "samples": records(files.evaluation.get("samples")),
         "told": [event for event in files.events if event.get("kind") in _TOLD_EVENTS][-40:],

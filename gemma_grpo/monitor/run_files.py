@@ -32,6 +32,8 @@ class RunFiles:
     events: list[Record]
     evaluation: Record
     calibration: Record
+    profile: Record
+    """Of a run with `train --profile` only."""
     problems: list[str]
     """One sentence for each file that is missing or damaged."""
 
@@ -53,6 +55,7 @@ def read_run_files(path: str | Path) -> RunFiles:
         events=list(_lines(path / "events.jsonl", problems)),
         evaluation=_object(path / "evaluation.json", problems),
         calibration=_object(path / "reward" / "calibration.json", problems),
+        profile=_object(path / "profile.json", problems) if (path / "profile.json").is_file() else {},
         problems=problems,
     )
 

@@ -18,6 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_grpo.monitor.escapes import one_line, visible
+from gemma_grpo.monitor.profile_table import TITLE, profile_notes, profile_rows
+from gemma_grpo.monitor.run_files import Record
 from gemma_grpo.types import ScoredGroup, StepRecord
 
 _BARS, _ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
@@ -98,14 +100,29 @@ class ProgressView:
         self._body = tuple(rows)
 
     def table(self, title: str, rows: Sequence[Sequence[str]]) -> None:
-        """A titled table, kept on the screen; the first row is the header."""
+        """A titled table, kept on the screen; the first row is the header. Without a terminal its columns are aligned by spaces."""
         header, *body = [[self._clean(str(cell)) for cell in row] for row in rows]
+        if not self._live:
+            widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
+            self._line(self._clean(title))
+            for first, *numbers in (header, *body):
+                cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True))]
+                self._line("  ".join(cells).rstrip())
+            return
         grid = Table(title=Text(self._clean(title)), title_justify="left", box=box.ASCII if self._ascii else box.SIMPLE_HEAD)
         for index, cell in enumerate(header):
             grid.add_column(Text(cell), justify="left" if index == 0 else "right", overflow="fold")
         for row in body:
             grid.add_row(*(Text(cell) for cell in row))
         self._console.print(grid)
+
+    def profile(self, profile: Record) -> None:
+        """The run is over, and this is where its time went: profile.json, below the last picture."""
+        self.close()
+        if rows := profile_rows(profile):
+            self.table(TITLE, rows)
+        for text in profile_notes(profile):
+            self.note(text)
 
     def _render(self) -> RenderableType:
         if not self._phase:

@@ -77,6 +77,23 @@ def make_run(path: Path, text: str) -> Path:
     return path
 
 
+PROFILE = {
+    "device": "CPU, 2 threads",
+    "dtype": "float32",
+    "operations": {"value": 1.5e11, "spread": 0.1},
+    "bytes": {"value": 3e10, "spread": 0.4},
+    "steps": {"earlier": 4, "profiled": 3, "counted": [6, 7]},
+    "phases": {
+        "rollout": {"seconds": 30.0, "share": 0.75, "floor_seconds": 10.0, "ratio": 3.0, "tokens": 6000, "tokens_per_second": 200.0},
+        "reward": {"seconds": 10.0, "share": 0.25, "floor_seconds": 0.0, "ratio": None, "tokens": 0, "tokens_per_second": None},
+    },
+    "total": {"seconds": 40.0, "floor_seconds": 10.0, "ratio": 4.0},
+    "outside": {"before the steps": 5.25, "first step, warm-up": 0.5, "after the steps": 0.0},
+    "session_seconds": 45.75,
+    "advice": "rollout took 75% of the time, 3.0 times its floor.",
+}
+
+
 class Page(HTMLParser):
     """What a browser would make of the page: elements, attributes, and visible text."""
 
@@ -156,6 +173,20 @@ def test_a_missing_part_is_said_and_the_rest_is_shown(tmp_path: Path, missing: s
     assert f"{Path(missing).name} is missing." in text
     assert "Settings, data and how to repeat it" in text
     assert ("Not evaluated." in text) == (missing == "evaluation.json")
+
+
+def test_a_profile_is_shown_where_there_is_one_and_not_missed_where_there_is_none(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", "plain")
+    without = Page(write_report(path).read_text(encoding="utf-8")).text
+    assert "beside what this machine could do" not in without
+    assert "profile.json" not in without
+    with RunDirectory.open(path) as run:
+        run.write_json("profile.json", PROFILE)
+    text = Page(write_report(path).read_text(encoding="utf-8")).text
+    assert "beside what this machine could do" in text
+    assert "rollout took 75% of the time, 3.0 times its floor." in text
+    (path / "profile.json").write_text("[")
+    assert "profile.json is damaged" in write_report(path).read_text(encoding="utf-8")
 
 
 def test_a_run_that_has_only_begun_has_a_report(tmp_path: Path) -> None:
@@ -242,6 +273,7 @@ def test_no_content_of_a_file_breaks_the_report(seed: int) -> None:
             events=[spoiled_record(event), spoiled_record(times)],
             evaluation=spoiled_record(short),
             calibration=spoiled_record(calibration("k") if seed % 10 == 0 else {**calibration("k"), "calibration": []}),
+            profile=spoiled_record(PROFILE),
             problems=[],
         )
     ).encode()

@@ -89,6 +89,29 @@ def test_a_terminal_of_any_encoding_shows_the_group_and_obeys_nothing_in_it(enco
     assert shown.index("reward") < shown.index("details") < shown.index("loss 7")
 
 
+def test_without_a_terminal_a_table_is_lines_aligned_by_spaces() -> None:
+    screen, raw = console(terminal=False, width=20)
+    ProgressView(screen).table("What took long", [("phase", "seconds", "share"), ("rollout", "12.5", "50.0%"), ("a\x1b[2J", "1", "")])
+    assert plain_lines(raw) == [
+        "What took long",
+        "phase     seconds  share",
+        "rollout      12.5  50.0%",
+        "a\\x1b[2J        1",
+    ]
+
+
+def test_the_profile_is_shown_below_the_last_picture() -> None:
+    screen, raw = console(terminal=True, width=80)
+    profile = {"phases": {"rollout": {"seconds": 12.5, "share": 1.0}}, "device": HOSTILE, "advice": HOSTILE}
+    with ProgressView(screen) as view:
+        view.phase("training")
+        view.step(record(1), 1)
+        view.profile(profile)
+    shown = raw.getvalue().decode()
+    assert shown.rindex("step 1/1") < shown.rindex("\x1b[?25h") < shown.index("beside what this machine could do") < shown.index("12.5")
+    assert not {"\x07", "\u202e", "\x9b"} & set(shown)
+
+
 def test_a_group_without_a_single_score_is_left_out() -> None:
     screen, raw = console(terminal=True)
     group = hostile_group()
