@@ -152,12 +152,12 @@ class PolicyUpdater:
 
     def _piece_loss(self, piece: WeightedBatch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         config = self.config
-        logprobs, entropy = completion_logprobs(self.model, piece, temperature=config.temperature)
+        alpha = self.entropy.alpha(self.beta.beta)
+        logprobs, entropy = completion_logprobs(self.model, piece, temperature=config.temperature, entropy_gradient=alpha > 0)
         flat, mask = logprobs.flatten(0, 1), piece.completion_mask.flatten(0, 1)
         old = logprobs.detach() if piece.old_logprobs is None else piece.old_logprobs
         sampler = piece.sampling_logprobs.flatten(0, 1)
         cap = config.loss.tis_cap
-        alpha = self.entropy.alpha(self.beta.beta)
         loss, metrics = policy_objective(
             flat,
             old.flatten(0, 1),
@@ -168,7 +168,7 @@ class PolicyUpdater:
             ref_logprobs=None if piece.ref_logprobs is None else piece.ref_logprobs.flatten(0, 1),
             kl_estimator=self.kl_estimator,
             beta=self.beta.beta,
-            entropy=entropy.flatten(0, 1) if alpha else entropy.flatten(0, 1).detach(),
+            entropy=entropy.flatten(0, 1),
             alpha=alpha,
             sampler_weight=None if cap is None else sampler_weights(old.flatten(0, 1), sampler, mask, cap=cap),
         )
