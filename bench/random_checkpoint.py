@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig, PreTrainedTokenizerFast
 
 from gemma_grpo.shapes import ModelShape, known_shapes
 
@@ -23,11 +23,13 @@ MAX_FILE_BYTES = 2 * 10**9
 SPREAD = 0.02
 """Standard deviation of every weight matrix; norms have gain 1."""
 VOCABULARY = 262_144
+SMALLEST = ModelShape("8m", 256, 6, 4, 2, 64, 1024, 8192, 128, 1)
+"""For benches on a CPU: 8 M parameters, and everything a Gemma 3 has, its window and its one global layer in six included."""
 
 
 def shape_of_size(size: str) -> ModelShape:
-    """The shape of "270m", "1b", "4b", "12b" or "27b"."""
-    return known_shapes()[f"google/gemma-3-{size}-it"]
+    """The shape of "8m", "270m", "1b", "4b", "12b" or "27b"."""
+    return SMALLEST if size == SMALLEST.name else known_shapes()[f"google/gemma-3-{size}-it"]
 
 
 def text_config(shape: ModelShape) -> Gemma3TextConfig:
@@ -53,14 +55,19 @@ def text_config(shape: ModelShape) -> Gemma3TextConfig:
     )
 
 
-def write_checkpoint(size: str, folder: Path, *, seed: int = 0) -> Path:
-    """Config, tokenizer and weights of a size; a tensor at a time, so that the machine needs to hold one file of them."""
+def write_checkpoint(size: str, folder: Path, *, seed: int = 0, text_only: bool = False) -> Path:
+    """Config, tokenizer and weights of a size; a tensor at a time, so that the machine needs to hold one file of them.
+
+    With `text_only` the larger ones are written as a text decoder too, which every program can load.
+    """
     shape = shape_of_size(size)
     config = text_config(shape)
+    multimodal = bool(shape.vision_parameters) and not text_only
     folder.mkdir(parents=True, exist_ok=True)
-    (Gemma3Config(text_config=config.to_dict()) if shape.vision_parameters else config).save_pretrained(folder)
-    filler_tokenizer().save_pretrained(folder)
-    prefix = "language_model." if shape.vision_parameters else ""
+    (Gemma3Config(text_config=config.to_dict()) if multimodal else config).save_pretrained(folder)
+    GenerationConfig(bos_token_id=2, eos_token_id=[1, 106], pad_token_id=0, do_sample=True).save_pretrained(folder)
+    filler_tokenizer(shape.vocab_size if shape is SMALLEST else VOCABULARY).save_pretrained(folder)
+    prefix = "language_model." if multimodal else ""
     weight_map: dict[str, str] = {}
     for index, file in enumerate(_files(config, seed)):
         name = f"model-{index + 1:05d}.safetensors"
@@ -88,12 +95,12 @@ def _files(config: Gemma3TextConfig, seed: int) -> Iterator[dict[str, Tensor]]:
     yield file
 
 
-def filler_tokenizer() -> PreTrainedTokenizerFast:
-    """Gemma's control ids, one token per byte, and made-up words up to Gemma's vocabulary: every id decodes to something."""
+def filler_tokenizer(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """Gemma's control ids, one token per byte, and made-up words up to the vocabulary: every id decodes to something."""
     controls = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<unused{i}>" for i in range(100)), "<start_of_turn>", "<end_of_turn>"]
     newline = "Ċ"
     letters = [newline, *(letter for letter in sorted(pre_tokenizers.ByteLevel.alphabet()) if letter != newline)]
-    words = [f"w{index}" for index in range(VOCABULARY - len(controls) - len(letters))]
+    words = [f"w{index}" for index in range(vocabulary - len(controls) - len(letters))]
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate([*controls, *letters, *words])}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -103,7 +110,7 @@ def filler_tokenizer() -> PreTrainedTokenizerFast:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("size", choices=["270m", "1b", "4b", "12b", "27b"])
+    parser.add_argument("size", choices=["8m", "270m", "1b", "4b", "12b", "27b"])
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     print(write_checkpoint(arguments.size, arguments.folder))
