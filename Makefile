@@ -8,7 +8,9 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # the tests' tensors are so small that handing work to a second thread costs more than it saves
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-slow check install
+PEER := .venv-peer
+
+.PHONY: demo test test-slow check install bench
 
 demo: $(VENV)/.installed
 	$(BIN)/gemma-grpo demo
@@ -18,6 +20,10 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-peer
 	$(TEST_ENV) $(BIN)/python -m pytest -m 'slow and not gpu'
+
+# our step beside TRL's, each in its own environment: bench/results, and the table and chart of docs/performance.md
+bench: $(VENV)/.installed $(PEER)/.installed
+	$(BIN)/python -m bench
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -39,4 +45,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 $(VENV)/.installed-peer: $(VENV)/.installed-dev
 	$(PIP) --editable '.[dev,peer]'
+	touch $@
+
+$(PEER)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(PEER)/bin/python -m pip install --quiet --constraint constraints.txt trl==1.16.0 peft safetensors
 	touch $@

@@ -6,6 +6,7 @@ A step is Stepper.train_step, put together as GRPOTrainer does, with the budgets
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,9 @@ def config_of(setting: Setting, folder: str) -> GRPOConfig:
 class OwnSide:
     """Model, engine and stepper of one setting, and the steps it will be asked for."""
 
-    def __init__(self, setting: Setting, folder: str, adapter: Path, num_steps: int) -> None:
+    def __init__(self, setting: Setting, folder: str, adapter: Path, steps: Sequence[StepLengths]) -> None:
         self.config = config = config_of(setting, folder)
-        self.setting, self.steps = setting, draw_steps(setting, num_steps)
+        self.setting, self.steps = setting, steps
         self.model = Gemma.load(folder, lora=config.lora, precision=config.precision, seed=config.seed)
         self._start(adapter)
         if config.gradient_checkpointing:
@@ -71,7 +72,7 @@ class OwnSide:
         self.lengths = torch.zeros(0, dtype=torch.long)
         engine = LocalEngine(self.model, plan.kv_token_budget, processor=self._force)
         rewards = RewardStack([WeightedReward(FunctionReward(varied_reward))])
-        self.stepper = Stepper(self.model, engine, rewards, PolicyUpdater(self.model, config, num_steps), config)
+        self.stepper = Stepper(self.model, engine, rewards, PolicyUpdater(self.model, config, len(steps)), config)
         tokenizer = self.model.tokenizer
         self.prompts = [
             [
@@ -92,13 +93,14 @@ class OwnSide:
     def _force(self, logits: Tensor, completions: Tensor, positions: Tensor) -> Tensor:
         return force_lengths(logits, positions, self.lengths[completions], self.setting.max_completion_length)
 
-    def _prepare(self, index: int) -> StepLengths:
+    def prepare(self, index: int) -> StepLengths:
+        """Force a step's lengths from now on."""
         self.lengths = torch.tensor(self.steps[index].completions, device=self.model.device)
         return self.steps[index]
 
     def step(self, index: int) -> dict[str, Any]:
         """Run a step; wall time by phase, and what shows that it did what was asked."""
-        lengths = self._prepare(index)
+        lengths = self.prepare(index)
         started = time.perf_counter()
         record, groups = self.stepper.train_step(self.prompts[index], index)
         seconds = time.perf_counter() - started
@@ -109,7 +111,7 @@ class OwnSide:
 
     def agree(self, index: int, path: str) -> dict[str, Any]:
         """Completions, loss and LoRA gradient of a step's first pass, written for the other side to repeat; nothing is updated."""
-        self._prepare(index)
+        self.prepare(index)
         stepper, config = self.stepper, self.config
         groups = stepper.engine.sample(self.prompts[index], sampling_params(config, index))
         scores = stepper.rewards.score(groups)
@@ -128,7 +130,7 @@ def main() -> None:
     order = line.receive()
     setting = Setting.of(order["setting"])
     torch.set_num_threads(setting.threads)
-    side = OwnSide(setting, order["folder"], Path(order["adapter"]), order["num_steps"])
+    side = OwnSide(setting, order["folder"], Path(order["adapter"]), draw_steps(setting, order["num_steps"]))
     memory = PeakMemory(side.model.device.type)
     line.send({"base_bytes": memory.base, "token_budget": side.model.budget.tokens, "versions": versions()})
     while (order := line.receive())["do"] != "quit":

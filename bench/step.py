@@ -14,15 +14,14 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench.comparison import compare
 from bench.machine import commit, machine
 from bench.protocol import MIB, Worker
-from bench.comparison import compare
 from bench.workload import LIMITS, MAX_PROMPT, WORKLOADS, Setting, StepLengths, draw_steps
 
 ROOT = Path(__file__).parents[1]
@@ -53,12 +52,15 @@ def missing(model: str, peer_python: Path) -> str | None:
     return None
 
 
-def measure(setting: Setting, pairs: int, peer_python: Path, checkpoint: Path | None = None) -> dict[str, Any]:
-    """Both sides over a warm-up and so many pairs of steps. Raises RuntimeError when a worker dies or the two do not agree."""
+def measure(setting: Setting, pairs: int, peer_python: Path, *, checkpoint: Path | None, trl: Mapping[str, Any]) -> dict[str, Any]:
+    """Both sides over a warm-up and so many pairs of steps; `trl` goes into its GRPOConfig.
+
+    Raises RuntimeError when a worker dies or the two do not agree.
+    """
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
         start: dict[str, Any] = {"setting": setting.to_dict(), "num_steps": pairs + 2, "adapter": str(folder / "adapter")}
-        start |= {"folder": str(checkpoint or _written(setting.model, folder / "model")), "output_dir": str(folder / "output")}
+        start |= {"folder": str(checkpoint or _written(setting.model, folder / "model")), "output_dir": str(folder / "output"), "trl": trl}
         load = os.getloadavg()[0]
         sides = {
             "ours": stack.enter_context(closing(Worker(sys.executable, "bench.own_worker", folder / "ours.log"))),
@@ -74,6 +76,7 @@ def measure(setting: Setting, pairs: int, peer_python: Path, checkpoint: Path | 
         "versions": {name: answer["versions"] for name, answer in loaded.items()},
         "workload": WORKLOADS[setting.workload],
         "setting": setting.to_dict(),
+        "trl_arguments": trl,
         "token_budget": loaded["ours"]["token_budget"],
         "agreement": agreement,
         "lengths": [{"prompts": step.prompts, "completions": step.completions} for step in steps],
@@ -124,18 +127,16 @@ def run(model: str, workload: str, pairs: int, **options: Any) -> Path | None:
     if reason:
         print(f"{model} {workload}: skipped: {reason}.")
         return None
-    setting = replace(setting_of(model, workload, options.get("threads") or os.cpu_count() or 1), **options.get("changes", {}))
+    setting = setting_of(model, workload, options.get("threads") or os.cpu_count() or 1)
     estimate = PAIR_SECONDS.get((model, workload), 60) * (pairs + 2) / 60
     print(f"{model} {workload}: {WORKLOADS[workload]}; {pairs} pairs, about {estimate:.0f} min on two cores", flush=True)
     started = time.perf_counter()
-    report = measure(setting, pairs, peer_python, options.get("checkpoint"))
+    report = measure(setting, pairs, peer_python, checkpoint=options.get("checkpoint"), trl=options.get("trl") or {})
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     ratio, memory = report["summary"]["paired_ratio"], report["summary"]["memory_ratio"]
-    took = time.perf_counter() - started
-    print(
-        f"{model} {workload}: {ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f}), memory {memory['median']:.1f}x, {took:.0f} s"
-    )
+    print(f"{model} {workload}: {ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f}), memory {memory['median']:.1f}x", end="")
+    print(f", {time.perf_counter() - started:.0f} s")
     return out
 
 
@@ -150,6 +151,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of each side's arithmetic; default: all cores")
     parser.add_argument("--peer-python", type=Path, help="interpreter that has TRL; default: .venv-peer's")
     parser.add_argument("--checkpoint", type=Path, help="a folder of that size; a random one is written when not given")
+    parser.add_argument("--trl", type=json.loads, help="further arguments of TRL's GRPOConfig, a JSON object, to try what suits it")
     options = vars(parser.parse_args())
     if run(options.pop("model"), options.pop("workload"), options.pop("pairs"), **options) is None:
         raise SystemExit(1)

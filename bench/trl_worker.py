@@ -12,16 +12,15 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-import trl
 from datasets import Dataset
 from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Gemma3ForCausalLM, LogitsProcessorList, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
 
 from bench.machine import versions
 from bench.protocol import Line, PeakMemory
@@ -30,7 +29,7 @@ from bench.workload import Setting, draw_steps, force_lengths, prompt_texts, var
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class TimedTrainer(trl.GRPOTrainer):
+class TimedTrainer(GRPOTrainer):
     """TRL's trainer with a clock around its phases, and completions as long as they are told to be."""
 
     seconds: dict[str, float]
@@ -88,46 +87,47 @@ class TimedTrainer(trl.GRPOTrainer):
         model.generate = generate_forced
 
 
-def build(setting: Setting, folder: str, adapter: Path, texts: list[list[str]], output_dir: str) -> TimedTrainer:
-    """The trainer with the settings that mean the same as ours; everything else is TRL's default."""
+def build(setting: Setting, order: dict[str, Any], texts: list[list[str]]) -> TimedTrainer:
+    """The trainer with the settings that mean the same as ours; everything else is TRL's default, or what the driver was told."""
+    folder = order["folder"]
     rows = setting.batch_size * setting.num_generations
     on_cuda = torch.cuda.is_available()
-    arguments = trl.GRPOConfig(
-        output_dir=output_dir,
-        use_cpu=not on_cuda,
-        bf16=setting.precision == "bf16",
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=setting.accumulation,
-        num_generations=setting.num_generations,
-        num_iterations=setting.planning_steps,
-        max_completion_length=setting.max_completion_length,
-        temperature=setting.temperature,
-        learning_rate=setting.learning_rate,
-        beta=setting.beta,
-        use_bias_correction_kl=True,  # our ratio_k3
-        loss_type="dr_grpo",
-        scale_rewards="batch",
-        gradient_checkpointing=setting.gradient_checkpointing,
-        max_steps=setting.planning_steps * len(texts),
-        shuffle_dataset=False,
-        seed=setting.seed,
-        report_to=[],
-        logging_strategy="no",
-        save_strategy="no",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
+    arguments: dict[str, Any] = {
+        "output_dir": order["output_dir"],
+        "use_cpu": not on_cuda,
+        "bf16": setting.precision == "bf16",
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": setting.accumulation,
+        "num_generations": setting.num_generations,
+        "num_iterations": setting.planning_steps,
+        "max_completion_length": setting.max_completion_length,
+        "temperature": setting.temperature,
+        "learning_rate": setting.learning_rate,
+        "beta": setting.beta,
+        "use_bias_correction_kl": True,  # our ratio_k3
+        "loss_type": "dr_grpo",
+        "scale_rewards": "batch",
+        "gradient_checkpointing": setting.gradient_checkpointing,
+        "max_steps": setting.planning_steps * len(texts),
+        "shuffle_dataset": False,
+        "seed": setting.seed,
+        "report_to": [],
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
     trainer = TimedTrainer(
         model=Gemma3ForCausalLM.from_pretrained(folder, dtype=DTYPES[setting.precision]),
         reward_funcs=varied_reward,
-        args=arguments,
+        args=GRPOConfig(**{**arguments, **order["trl"]}),
         train_dataset=Dataset.from_list([{"prompt": text} for step in texts for text in step]),
         processing_class=AutoTokenizer.from_pretrained(folder),
         peft_config=LoraConfig(
             r=setting.lora_r, lora_alpha=setting.lora_alpha, target_modules=list(setting.target_modules), task_type="CAUSAL_LM"
         ),
     )
-    set_peft_model_state_dict(trainer.model, load_peft_weights(str(adapter)))
+    set_peft_model_state_dict(trainer.model, load_peft_weights(order["adapter"]))
     trainer.seconds = defaultdict(float)
     trainer.force_in(trainer.model)
     return trainer
@@ -207,7 +207,7 @@ def main() -> None:
     setting = Setting.of(order["setting"])
     torch.set_num_threads(setting.threads)
     texts = prompt_texts(draw_steps(setting, order["num_steps"]))
-    trainer = build(setting, order["folder"], Path(order["adapter"]), texts, order["output_dir"])
+    trainer = build(setting, order, texts)
     memory = PeakMemory(trainer.accelerator.device.type)
     conductor = Conductor(line, setting, order["num_steps"], memory)
     conductor.trainer = trainer

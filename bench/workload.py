@@ -52,7 +52,7 @@ class Setting:
     max_completion_length: int
     planning_steps: int = 2
     lora_r: int = 8
-    lora_alpha: float = 16
+    lora_alpha: int = 16
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
     beta: float = 0.05
     learning_rate: float = 1e-5

@@ -1,0 +1,106 @@
+"""Everything that docs/performance.md shows: `make bench`, or `python -m bench`.
+
+Measures each model and workload beside TRL and the growth of our own cost, skips what is already in bench/results (`--again` does not),
+then draws the charts and puts the table into the document. Leave the machine alone meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.chart import bars
+from bench.protocol import MIB
+from bench.step import MODELS, RESULTS, ROOT, run
+from bench.workload import WORKLOADS
+
+DOCUMENT = ROOT / "docs" / "performance.md"
+BEGIN, END = "<!-- bench: table, written by make bench -->\n", "<!-- bench: end -->\n"
+RUNS = [(model, workload) for model in MODELS for workload in WORKLOADS if workload != "c" or model != "270m"]
+"""The 270m shape does not run (c): a step of TRL's would take many minutes on a CPU."""
+HEADINGS = ("shape, workload", "ours, s", "TRL, s", "faster", "of pairs", "tokens/s", "TRL's", "peak, MiB", "TRL's", "smaller")
+
+
+def read_reports(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """The results there are, in the order of RUNS."""
+    paths = [folder / f"step-{model}-{workload}.json" for model, workload in RUNS]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+
+
+def table(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: medians of both sides, and the median of the paired ratios with the smallest and the largest."""
+    rows = [HEADINGS, ("---", *["---:"] * (len(HEADINGS) - 1)), *(_row(report) for report in reports)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _row(report: Mapping[str, Any]) -> tuple[str, ...]:
+    summary, setting = report["summary"], report["setting"]
+    ours, trl, ratio = summary["ours"], summary["trl"], summary["paired_ratio"]
+    return (
+        f"{setting['model']} ({setting['workload']})",
+        f"{ours['seconds']['median']:.2f}",
+        f"{trl['seconds']['median']:.2f}",
+        f"**{ratio['median']:.1f}x**",
+        f"{ratio['min']:.1f} to {ratio['max']:.1f}",
+        f"{ours['tokens_per_second']:.0f}",
+        f"{trl['tokens_per_second']:.0f}",
+        f"{ours['peak_bytes']['median'] / MIB:.0f}",
+        f"{trl['peak_bytes']['median'] / MIB:.0f}",
+        f"{summary['memory_ratio']['median']:.1f}x",
+    )
+
+
+def chart(reports: Sequence[Mapping[str, Any]]) -> str:
+    """SVG: a step's phases, ours above TRL's."""
+    rows = []
+    for report in reports:
+        name = f"{report['setting']['model']} ({report['setting']['workload']})"
+        rows += [(f"{name} ours", report["summary"]["ours"]["phases"]), ("TRL", report["summary"]["trl"]["phases"])]
+    return bars(rows, "One step: rollout and two updates (medians)")
+
+
+def with_table(document: str, text: str) -> str:
+    """The document with the text between the marks. Raises ValueError where it has none."""
+    head, begin, rest = document.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"docs/performance.md has no place for the table. Put {BEGIN.strip()!r} and {END.strip()!r} where it belongs.")
+    return f"{head}{begin}{text}{end}{tail}"
+
+
+def write() -> None:
+    """Table and chart of the results there are."""
+    reports = read_reports()
+    if not reports:
+        return
+    print(table(reports), end="")
+    (RESULTS / "step.svg").write_text(chart(reports), encoding="utf-8")
+    if DOCUMENT.exists():
+        DOCUMENT.write_text(with_table(DOCUMENT.read_text(encoding="utf-8"), table(reports)), encoding="utf-8")
+
+
+def main() -> None:
+    """All of it; what cannot run here says why."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--again", action="store_true", help="measure although result files are there")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--write-only", action="store_true", help="measure nothing: table and charts from the results there are")
+    options = parser.parse_args()
+    again = ["--again"] if options.again else []
+    if not options.write_only:
+        for model, workload in RUNS:
+            run(model, workload, options.pairs, again=options.again)
+        # a process of its own: its memory is not to hold what the bench held before
+        growth = subprocess.run([sys.executable, "-m", "bench.growth", *again], check=False, cwd=ROOT).returncode
+    write()
+    if not options.write_only and growth:
+        raise SystemExit(growth)
+
+
+if __name__ == "__main__":
+    main()
