@@ -89,6 +89,9 @@ def test_a_profile_is_printed_written_and_in_the_report(
     assert profile["advice"] in printed
     assert profile["advice"] in (output / "report.html").read_text(encoding="utf-8")
 
+    code = run(["train", "miniature", "--dry-run", "--profile"])
+    assert "--dry-run makes no step, so there is nothing to profile." in refused(capsys, code)
+
 
 def test_the_resolved_recipe_repeats_the_run(tiny_model_dir: Path, prompts: Path, tmp_path: Path) -> None:
     assert train(tiny_model_dir, prompts, tmp_path / "first", RULE) == 0

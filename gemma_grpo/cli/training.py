@@ -32,6 +32,8 @@ def train(
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time goes, beside what this machine could do.")] = False,
 ) -> None:
     """Train a policy: the reward adapter first if there is none, then GRPO, then before and after on held-out prompts."""
+    if dry_run and profile:
+        raise ValueError("--dry-run makes no step, so there is nothing to profile. Leave one of the two out.")
     trainer = _trainer(recipe, overrides, check_fit=not (force or resume))
     if dry_run:
         print("\n".join(plan_lines(trainer.dry_run(force=force))))

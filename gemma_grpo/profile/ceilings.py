@@ -69,7 +69,10 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, shape: ModelShape
 
 def device_name(device: torch.device) -> str:
     """The card's name, or the CPU with as many threads as torch uses of it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def synchronised_clock(device: torch.device) -> Callable[[], float]:

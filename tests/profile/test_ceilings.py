@@ -28,8 +28,8 @@ def test_the_best_of_the_repeats_counts_and_the_worst_is_told() -> None:
 
     ceiling = best_rate(CPU, work, amount=3)
     assert pauses == []
-    assert ceiling.value == pytest.approx(3 / 0.1, rel=0.3)
-    assert ceiling.spread == pytest.approx(0.5, abs=0.15)
+    assert 3 / 0.2 < ceiling.value <= 3 / 0.1  # a pause is never shorter than asked for
+    assert 0.3 < ceiling.spread < 1
 
 
 def test_measuring_draws_nothing_from_the_run_and_takes_seconds_at_most() -> None:
