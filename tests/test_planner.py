@@ -179,7 +179,7 @@ def test_a_phase_is_planned_only_where_the_run_has_it() -> None:
     assert everything - names(**{"kl.placement": "off"}) == {"reference"}
     assert everything - names(**{"reward_model.path": "reward"}) == {"reward training"}
     assert everything - names(reward={"length": 1.0}) == {"reward training", "reward"}
-    assert everything - names(reward={"judge": 1.0}) == {"reward training"}
+    assert everything - names(reward={"judge": 1.0}) == {"reward training", "reference"}  # one pass for both
     assert everything - names(reward={"length": 1.0}, **{"evaluation.num_prompts": 0}) == {"reward training", "reward", "evaluation"}
 
 
@@ -288,11 +288,21 @@ def test_activations_and_logits_by_hand_for_a_made_up_reading() -> None:
     # 1b in float32 on a CPU, one prompt of 512 with two completions of 128: 768 tokens; 3 x 6912 + 3.6 x 1152 + 4 x 256 numbers each
     cpu = Card("CPU", "cpu", 100 * GIB, native_bf16=False)
     settings = {"model_name": "google/gemma-3-1b-it", "max_completion_length": 128, "num_generations": 2, "batch_size": 1}
-    planned = plan(cpu, **settings, reward={"judge": 1.0})
-    assert part(planned, "reference", LOGITS) * GIB == 2 * 256 * 262_144 * 4
+    assert part(plan(cpu, **settings, reward={"length": 1.0}), "reference", LOGITS) * GIB == 2 * 256 * 262_144 * 4
+    planned = plan(cpu, **settings, reward={"judge": 1.0}, kl={"placement": "off"})
     judged = 512 + 2 * (128 + 24)  # the question makes the completions longer, the budget stays
     attended = min(768, judged)
     assert part(planned, "reward", ACTIVATIONS) * GIB == pytest.approx(attended * 4 * (3 * 6912 + 3.6 * 1152 + 4 * 256), abs=1)
+    assert part(planned, "reward", LOGITS) == 0
+
+
+def test_the_zero_shot_judges_pass_is_the_references_too() -> None:
+    settings = {"model_name": "google/gemma-3-1b-it", "max_completion_length": 128, "num_generations": 2, "batch_size": 1}
+    both = plan(**settings, reward={"judge": 1.0})
+    apart = plan(**settings, reward={"generative": 1.0})
+    assert "reference" not in [phase.name for phase in both.phases]
+    assert part(both, "reward", LOGITS) == part(apart, "reference", LOGITS) > 0
+    assert part(apart, "reward", LOGITS) == 0
 
 
 # ---- the screen

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -16,11 +17,12 @@ from gemma_grpo.data.batch import pad_rollouts
 from gemma_grpo.data.prompts import EncodedPair
 from gemma_grpo.evaluation import EvaluatedReply, summarise
 from gemma_grpo.grpo.setup import Gold
-from gemma_grpo.grpo.step import role_logprobs, sampling_params
+from gemma_grpo.grpo.step import reference_logprobs, role_logprobs, sampling_params
 from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.reward.base import RewardStack
 from gemma_grpo.reward.generative import GenerativeReward, Judge, Progress, score_pairs, train_reward_adapter
 from gemma_grpo.reward.quality import accuracy, quality_report
+from gemma_grpo.reward.zero_shot import ZeroShotJudge
 from gemma_grpo.rollout.engine import RolloutEngine, SamplingParams
 from gemma_grpo.types import Prompt, RolloutGroup
 
@@ -69,15 +71,26 @@ def reference_rewards(model: Gemma, engine: RolloutEngine, prompts: Sequence[Pro
 
 
 def evaluate_policy(
-    model: Gemma, engine: RolloutEngine, rewards: RewardStack, prompts: Sequence[Prompt], config: GRPOConfig, gold: Gold | None
+    model: Gemma,
+    engine: RolloutEngine,
+    rewards: RewardStack,
+    prompts: Sequence[Prompt],
+    config: GRPOConfig,
+    gold: Gold | None,
+    *,
+    judge: ZeroShotJudge | None = None,
 ) -> dict[str, Any]:
-    """Before and after on the same prompts with the same random numbers; empty when there is nothing to evaluate on."""
+    """Before and after on the same prompts with the same random numbers; empty when there is nothing to evaluate on.
+
+    `judge` is the zero-shot judge among the rewards, if any: its pass gives the reference's log-probabilities too.
+    """
     chosen = prompts[: config.evaluation.num_prompts]
     if not chosen:
         return {}
     before, after = (_evaluation_samples(engine, chosen, config, role) for role in _ROLES)
-    kl = _sequence_kl(model, after, config)
-    scores = [rewards.score(groups).rewards for groups in (before, after)]
+    with judge.keeping_logprobs(after, temperature=config.temperature) if judge is not None else nullcontext():
+        scores = [rewards.score(groups).rewards for groups in (before, after)]
+        kl = _sequence_kl(model, after, config, judge)
     replies, skipped = [], 0
     for n, prompt in enumerate(chosen):
         for g in range(config.evaluation.num_completions):
@@ -104,9 +117,10 @@ def _evaluation_samples(
     return sample_in_chunks(engine, prompts, params, config.completions_per_step)
 
 
-def _sequence_kl(model: Gemma, groups: Sequence[RolloutGroup], config: GRPOConfig) -> list[list[float]]:
+def _sequence_kl(model: Gemma, groups: Sequence[RolloutGroup], config: GRPOConfig, judge: ZeroShotJudge | None) -> list[list[float]]:
     """Sum over each completion's tokens of log policy - log reference."""
     batch = pad_rollouts(groups).to(model.device)
-    policy, reference = (role_logprobs(model, batch, role, temperature=config.temperature) for role in ("policy", "reference"))
+    policy = role_logprobs(model, batch, "policy", temperature=config.temperature)
+    reference = reference_logprobs(model, groups, batch, judge, temperature=config.temperature)
     kl: list[list[float]] = (policy - reference).sum(-1).tolist()
     return kl

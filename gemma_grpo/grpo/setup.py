@@ -25,6 +25,7 @@ from gemma_grpo.reward.functions import FunctionReward
 from gemma_grpo.reward.generative import GenerativeReward, Judge
 from gemma_grpo.reward.rules import RULES, build_rules
 from gemma_grpo.reward.shaping import ReferenceRewards, par
+from gemma_grpo.reward.zero_shot import ZeroShotJudge
 from gemma_grpo.types import Prompt
 
 Rows: TypeAlias = "LoadedPairs | LoadedPrompts"
@@ -121,8 +122,23 @@ def reward_weights(reward: Any, config: GRPOConfig) -> dict[str, float]:
     return weights
 
 
-def build_reward_stack(reward: Any, weights: Mapping[str, float], model: Gemma, config: GRPOConfig, reference_mean: float) -> RewardStack:
-    """The rewards of a run as one. `reference_mean` is what the trained judge gives the reference policy's samples on average."""
+def zero_shot_judge(reward: Any, weights: Mapping[str, float], model: Gemma) -> ZeroShotJudge | None:
+    """The frozen base as a judge, where it is among a run's rewards: who else asks the frozen base can share its pass."""
+    return ZeroShotJudge(model) if ZERO_SHOT in weights and not callable(reward) else None
+
+
+def build_reward_stack(
+    reward: Any,
+    weights: Mapping[str, float],
+    model: Gemma,
+    config: GRPOConfig,
+    reference_mean: float,
+    *,
+    judge: ZeroShotJudge | None = None,
+) -> RewardStack:
+    """The rewards of a run as one. `reference_mean` is what the trained judge gives the reference policy's samples on average;
+    `judge` is the zero-shot judge to use, where others ask it too.
+    """
     if callable(reward):
         return RewardStack([WeightedReward(FunctionReward(reward))])
     parts = []
@@ -130,13 +146,13 @@ def build_reward_stack(reward: Any, weights: Mapping[str, float], model: Gemma, 
         if name in RULES:
             parts.append(WeightedReward(build_rules([name], config.max_completion_length)[0], weight))
             continue
-        role = "reward" if name == TRAINED else "reference"
-        judge = GenerativeReward(model, role=role, name=name)  # type: ignore[arg-type]
-        parts.append(WeightedReward(judge, weight, _shape(judge, model, config, reference_mean)))
+        verdict: Reward = GenerativeReward(model) if name == TRAINED else judge or ZeroShotJudge(model)
+        parts.append(_judged(verdict, weight, model, config, reference_mean))
     return RewardStack(parts)
 
 
-def _shape(judge: Reward, model: Gemma, config: GRPOConfig, mean: float) -> Any:
+def _judged(verdict: Reward, weight: float, model: Gemma, config: GRPOConfig, mean: float) -> WeightedReward:
     if config.reward_model.shaping == "none":
-        return None
-    return par(ReferenceRewards(judge, lambda reply: reply_ids(model.tokenizer, reply), mean))
+        return WeightedReward(verdict, weight)
+    references = ReferenceRewards(verdict, lambda reply: reply_ids(model.tokenizer, reply), mean)
+    return WeightedReward(references, weight, par(references))

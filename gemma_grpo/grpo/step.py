@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -21,6 +21,7 @@ from gemma_grpo.model.gemma import Gemma, ModelRole
 from gemma_grpo.model.logprobs import completion_logprobs
 from gemma_grpo.model.memory import release
 from gemma_grpo.reward.base import RewardStack, StackScores
+from gemma_grpo.reward.zero_shot import ZeroShotJudge
 from gemma_grpo.rollout.engine import RolloutEngine, SamplingParams
 from gemma_grpo.types import Prompt, RolloutGroup, ScoredGroup, StepRecord
 
@@ -36,9 +37,12 @@ class Stepper:
         updater: PolicyUpdater,
         config: GRPOConfig,
         *,
+        judge: ZeroShotJudge | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model, self.engine, self.rewards, self.updater, self.config = model, engine, rewards, updater, config
+        self.judge = judge
+        """The one among the rewards, if any: its pass gives the reference's log-probabilities too, in the time of the reward."""
         self.clock = clock
         """Seconds. A device may still be working when the plain one is read; a profiled run's waits for it."""
         self.num_tokens = 0
@@ -49,15 +53,23 @@ class Stepper:
         seconds: dict[str, float] = {}
         with self._phase("rollout", seconds):
             groups = self.engine.sample(prompts, sampling_params(self.config, step))  # one prefill per prompt
-        with self._phase("reward", seconds):
-            scores = self.rewards.score(groups)
-        with self._phase("reference", seconds):
-            batch = policy_batch(self.model, groups, scores, self.rewards.weights, self.config, self.updater.beta.beta)
+        with self._one_pass_for_judge_and_reference(groups):
+            with self._phase("reward", seconds):
+                scores = self.rewards.score(groups)
+            with self._phase("reference", seconds):
+                batch = policy_batch(
+                    self.model, groups, scores, self.rewards.weights, self.config, self.updater.beta.beta, judge=self.judge
+                )
         with self._phase("update", seconds):
             metrics = self.updater.update(batch, step)  # planning_steps x micro-batches
         self.num_tokens += int(batch.completion_mask.sum())
         measured = {**reward_metrics(scores), **length_metrics(groups), **metrics, "num_tokens": float(self.num_tokens)}
         return StepRecord(step + 1, seconds, measured), scored_groups(groups, scores, batch.advantages)
+
+    def _one_pass_for_judge_and_reference(self, groups: Sequence[RolloutGroup]) -> AbstractContextManager[None]:
+        if self.judge is None or self.config.kl.placement == "off":
+            return nullcontext()
+        return self.judge.keeping_logprobs(groups, temperature=self.config.temperature)
 
     @contextmanager
     def _phase(self, name: str, seconds: dict[str, float]) -> Iterator[None]:
@@ -98,15 +110,30 @@ def role_logprobs(model: Gemma, batch: GroupBatch, role: ModelRole, *, temperatu
     return logprobs
 
 
+def reference_logprobs(
+    model: Gemma, groups: Sequence[RolloutGroup], batch: GroupBatch, judge: ZeroShotJudge | None, *, temperature: float
+) -> Float[Tensor, "N G C"]:
+    """The frozen base's log-probabilities: those that the zero-shot judge kept of its own pass, else of a pass for them alone."""
+    kept = None if judge is None else judge.kept_logprobs(groups, batch)
+    return role_logprobs(model, batch, "reference", temperature=temperature) if kept is None else kept
+
+
 def policy_batch(
-    model: Gemma, groups: Sequence[RolloutGroup], scores: StackScores, weights: Mapping[str, float], config: GRPOConfig, beta: float
+    model: Gemma,
+    groups: Sequence[RolloutGroup],
+    scores: StackScores,
+    weights: Mapping[str, float],
+    config: GRPOConfig,
+    beta: float,
+    *,
+    judge: ZeroShotJudge | None = None,
 ) -> PolicyBatch:
     """Everything one update learns from. The reference pass is skipped when no KL penalty asks for it."""
     batch = pad_rollouts(groups).to(model.device)
     sampling = pad_values([[completion.sampling_logprobs for completion in group.completions] for group in groups], batch).to(model.device)
     ref = None
     if config.kl.placement != "off":
-        ref = role_logprobs(model, batch, "reference", temperature=config.temperature)
+        ref = reference_logprobs(model, groups, batch, judge, temperature=config.temperature)
     penalty = None
     if config.kl.placement == "reward" and ref is not None:
         flat = (tensor.flatten(0, 1) for tensor in (sampling, ref, batch.completion_mask))
@@ -180,4 +207,3 @@ def length_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": statistics.fmean(completion.finish == "length" for completion in completions),
     }
-

@@ -31,6 +31,7 @@ from gemma_grpo.grpo.setup import (
     known_gold,
     load_rows,
     reward_weights,
+    zero_shot_judge,
 )
 from gemma_grpo.grpo.step import Stepper
 from gemma_grpo.grpo.update import PolicyUpdater
@@ -138,7 +139,8 @@ class GRPOTrainer:
         """Before (adapters off) and after on held-out prompts; written to evaluation.json."""
         started = time.perf_counter()
         self.view.phase("evaluation", f"{min(self.config.evaluation.num_prompts, len(self.data.held_out_prompts))} held-out prompts")
-        result = evaluate_policy(self.model, self.engine, self.rewards, self.data.held_out_prompts, self.config, known_gold(self._dataset))
+        prompts, gold = self.data.held_out_prompts, known_gold(self._dataset)
+        result = evaluate_policy(self.model, self.engine, self.rewards, prompts, self.config, gold, judge=self.stepper.judge)
         if result:
             result["seconds"] = time.perf_counter() - started
             self.run.write_json("evaluation.json", result)
@@ -361,9 +363,10 @@ class GRPOTrainer:
 
     def _build_rewards(self) -> None:
         mean = self._calibration.get("reference_mean") or 0.0
-        self.rewards = build_reward_stack(self._function, self.weights, self.model, self.config, mean)
+        judge = zero_shot_judge(self._function, self.weights, self.model)
+        self.rewards = build_reward_stack(self._function, self.weights, self.model, self.config, mean, judge=judge)
         clock = self._profiler.clock if self._profiler else time.perf_counter
-        self.stepper = Stepper(self.model, self.engine, self.rewards, self.updater, self.config, clock=clock)
+        self.stepper = Stepper(self.model, self.engine, self.rewards, self.updater, self.config, judge=judge, clock=clock)
 
     def _save_checkpoint(self) -> None:
         tensors, controllers = self.updater.state()

@@ -83,7 +83,7 @@ class Run:
         held.append(self.rollout(budgets.kv_tokens))
         if self.rewards & {"generative", "judge"}:
             held.append(self.reward(budgets.tokens))
-        if self.config.kl.placement != "off":
+        if self.config.kl.placement != "off" and "judge" not in self.rewards:
             held.append(self.reference(budgets.tokens))
         held.append(self.update(budgets.tokens))
         if self.evaluation_groups():
@@ -114,14 +114,16 @@ class Run:
         return groups
 
     def reward(self, tokens: int) -> Phase:
-        """The judge reads completions and its question; two rows of the head, no logits."""
-        return self._phase("reward", terms.ADAPTER_COPIES, self._forward(self._pass(tokens, judged=True)))
+        """A judge reads completions and its question: two rows of the head, no logits. The zero-shot judge's pass gives the KL's
+        log-probabilities too (reward/zero_shot.py)."""
+        piece = self._pass(tokens, judged=True)
+        heads = [self._head(piece)] if "judge" in self.rewards and self.config.kl.placement != "off" else []
+        return self._phase("reward", terms.ADAPTER_COPIES, self._forward(piece), *heads)
 
     def reference(self, tokens: int) -> Phase:
         """Log-probabilities with the adapters off, without gradients."""
         piece = self._pass(tokens)
-        head = {ACTIVATIONS: self._after_layers(piece), LOGITS: terms.forward_logits(self.shape, self.numbers, piece.completion_tokens)}
-        return self._phase("reference", terms.ADAPTER_COPIES, self._forward(piece), head)
+        return self._phase("reference", terms.ADAPTER_COPIES, self._forward(piece), self._head(piece))
 
     def update(self, tokens: int) -> Phase:
         """Forward and backward through the policy, beside what the updater keeps to take a step back."""
@@ -178,15 +180,21 @@ class Run:
 
     def _pass(self, tokens: int, *, judged: bool = False) -> Pass:
         config = self.config
-        question = JUDGE_TOKENS if judged else 0
-        length = config.max_completion_length + question
+        length = config.max_completion_length + (JUDGE_TOKENS if judged else 0)
+        # PAR's reference reply is judged as one more completion of its group (reward/shaping.py)
+        group = config.num_generations + (judged and config.reward_model.shaping == "par")
         # no pass is longer than its step
-        step = config.prompts_per_step * (config.max_prompt_length + config.num_generations * length)
-        return Pass.of(min(tokens, step), config.max_prompt_length, config.num_generations, length)
+        step = config.prompts_per_step * (config.max_prompt_length + group * length)
+        return Pass.of(min(tokens, step), config.max_prompt_length, group, length)
 
     def _forward(self, piece: Pass) -> Stage:
         shape, numbers = self.shape, self.numbers
         return {ACTIVATIONS: terms.layer_forward(shape, self.config.lora, numbers, piece) + terms.nf4_workspace(shape, numbers)}
+
+    def _head(self, piece: Pass) -> Stage:
+        """Log-probabilities from the hidden states, without gradients."""
+        logits = terms.forward_logits(self.shape, self.numbers, piece.completion_tokens)
+        return {ACTIVATIONS: self._after_layers(piece), LOGITS: logits}
 
     def _after_layers(self, piece: Pass) -> float:
         return terms.last_hidden(self.shape, self.numbers, piece) + terms.rotary(self.shape, self.numbers, piece.tokens)

@@ -1,7 +1,8 @@
-"""The generative reward: log-odds that Gemma answers "Yes" to "is this a good reply?", zero-shot or trained on preference pairs.
+"""The generative reward: log-odds that Gemma answers "Yes" to "is this a good reply?", trained on preference pairs.
 
 There is no head: the reward adapter starts from the model's own verdict, above chance, and scores a rollout's own tokens
-followed by a fixed suffix. Training is Bradley-Terry on those same log-odds. Quality figures are quality.py's.
+followed by a fixed suffix. Training is Bradley-Terry on those same log-odds. Not here: quality figures (quality.py), and the judge
+that is not trained (zero_shot.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from gemma_grpo.data.prompts import EncodedPair
 from gemma_grpo.model.attention import GroupLayout
 from gemma_grpo.model.gemma import Gemma, ModelRole
 from gemma_grpo.model.precision import LossScale
+from gemma_grpo.reward.base import Scores
 from gemma_grpo.types import RolloutGroup
 
 JUDGE_QUESTION = "Is this a good reply? Answer Yes or No."
@@ -41,27 +43,39 @@ class Judge:
     def log_odds(self, batch: GroupBatch) -> Float[Tensor, "N G"]:
         """logit(Yes) - logit(No) after the last token of each completion, which ends with the suffix; of the model's present role."""
         layout = GroupLayout(batch)
+        return self.verdicts(layout, self.model.hidden_states(layout))
+
+    def verdicts(self, layout: GroupLayout, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "N G"]:
+        """The same from a layout's hidden states."""
         last = layout.last_completion_index  # (N, G)
-        hidden = self.model.hidden_states(layout)[last.flatten()]
         head = self.model.head_weight
         # two rows of the head instead of 262,144; their difference is taken in float32
         direction = head[self.yes].detach().float() - head[self.no].detach().float()
-        return (hidden.float() @ direction).view(last.shape)
+        return (hidden[last.flatten()].float() @ direction).view(last.shape)
 
 
 class GenerativeReward:
-    """Scores rollouts by the judge's log-odds, with the trained reward adapter or zero-shot (role "reference")."""
+    """Scores rollouts by the judge's log-odds with the trained reward adapter."""
 
-    def __init__(self, model: Gemma, *, role: ModelRole = "reward", name: str = "generative") -> None:
-        self.name, self.role = name, role
+    name = "generative"
+
+    def __init__(self, model: Gemma) -> None:
         self.judge = Judge(model)
 
-    def score(self, groups: Sequence[RolloutGroup]) -> list[list[float | None]]:
+    def score(self, groups: Sequence[RolloutGroup]) -> Scores:
         """Log-odds of each completion, [N][G]. A completion cut by the length limit is judged as it is, unfinished."""
-        if not groups:
-            return []
-        scores: list[list[float | None]] = _verdicts(self.judge, pad_rollouts(groups, self.judge.suffix), self.role).tolist()
-        return scores
+        return scores_by_size(groups, lambda part: _verdicts(self.judge, pad_rollouts(part, self.judge.suffix), "reward"))
+
+
+def scores_by_size(groups: Sequence[RolloutGroup], read: Callable[[Sequence[RolloutGroup]], Float[Tensor, "N G"]]) -> Scores:
+    """Scores of groups that need not be of one size; those of one size are read together."""
+    sizes = [len(group.completions) for group in groups]
+    scores: Scores = [[] for _ in groups]
+    for size in sorted(set(sizes)):
+        places = [n for n, other in enumerate(sizes) if other == size]
+        for n, row in zip(places, read([groups[n] for n in places]).tolist(), strict=True):
+            scores[n] = row
+    return scores
 
 
 def score_pairs(judge: Judge, pairs: Sequence[EncodedPair], role: ModelRole) -> Float[Tensor, "N 2"]:

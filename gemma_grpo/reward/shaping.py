@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from gemma_grpo.reward.base import Reward, RewardError, Scores, Shape
-from gemma_grpo.types import Completion, Prompt, RolloutGroup
+from gemma_grpo.types import Completion, RolloutGroup
 
 References = Callable[[Sequence[RolloutGroup]], Sequence[float]]
 
@@ -27,28 +28,41 @@ def par(references: References) -> Shape:
 
 
 class ReferenceRewards:
-    """One reference reward per group: of the dataset's preferred reply where the prompt has one (column "chosen"), else `mean`.
+    """A reward, and one reference reward per group: of the dataset's preferred reply where the prompt has one (column "chosen").
 
-    `mean` is the reward of the reference policy's samples. Each prompt's reply is scored once and remembered.
+    The reply is scored beside the group's completions, as one more of them: their prompt is computed once. Elsewhere the reference is
+    `mean`, the reward of the reference policy's samples.
     """
 
     def __init__(self, reward: Reward, encode_reply: Callable[[str], Sequence[int]], mean: float) -> None:
         self.reward, self.encode_reply, self.mean = reward, encode_reply, mean
-        self._known: dict[str, float] = {}
+        self._references: dict[str, float] = {}
+
+    @property
+    def name(self) -> str:
+        """The reward's own."""
+        return self.reward.name
+
+    def score(self, groups: Sequence[RolloutGroup]) -> Scores:
+        """Scores of the groups' completions alone; the references of these groups are had from then on by calling this."""
+        rows = self.reward.score([self._with_reply(group) for group in groups])
+        self._references = {}
+        for group, row in zip(groups, rows, strict=True):
+            beside = row[len(group.completions) :]
+            found = beside[0] if beside else None
+            self._references[group.prompt.prompt_id] = self.mean if found is None else found
+        return [row[: len(group.completions)] for group, row in zip(groups, rows, strict=True)]
 
     def __call__(self, groups: Sequence[RolloutGroup]) -> list[float]:
-        """Reference rewards in the order of the groups."""
-        new = {group.prompt.prompt_id: group.prompt for group in groups if group.prompt.prompt_id not in self._known}
-        with_reply = [prompt for prompt in new.values() if isinstance(prompt.columns.get("chosen"), str)]
-        scores = self.reward.score([self._as_group(prompt) for prompt in with_reply])
-        self._known |= dict.fromkeys(new, self.mean)
-        self._known |= {prompt.prompt_id: row[0] for prompt, row in zip(with_reply, scores, strict=True) if row[0] is not None}
-        return [self._known[group.prompt.prompt_id] for group in groups]
+        """Reference rewards of the groups that were scored last, in the order of these."""
+        return [self._references[group.prompt.prompt_id] for group in groups]
 
-    def _as_group(self, prompt: Prompt) -> RolloutGroup:
-        reply = str(prompt.columns["chosen"])
+    def _with_reply(self, group: RolloutGroup) -> RolloutGroup:
+        reply = group.prompt.columns.get("chosen")
+        if not isinstance(reply, str):
+            return group
         token_ids = tuple(self.encode_reply(reply))
-        return RolloutGroup(prompt, (Completion(reply, token_ids, (0.0,) * len(token_ids), "stop"),), policy_step=0)
+        return replace(group, completions=(*group.completions, Completion(reply, token_ids, (0.0,) * len(token_ids), "stop")))
 
 
 def _sigmoid(x: float) -> float:

@@ -107,6 +107,17 @@ def test_the_settings_were_as_demanding_as_they_say(uninterrupted):
 # ---- continued
 
 
+@pytest.mark.parametrize("reward", ["generative", "judge"])
+def test_prompts_met_again_after_a_resume_are_scored_as_if_it_had_never_been(train_tiny, tmp_path, reward):
+    # two steps an epoch: in the third the prompts' reference replies have been scored before, but not by the resumed run
+    settings = {**DEMANDING, "data.max_prompts": 4, "max_steps": 3, "epochs": 2, "reward_model.max_pairs": 8}
+    whole = train_tiny(reward={reward: 1.0}, **settings)
+    prompts = [line["prompt_id"] for line in whole.lines("samples.jsonl")]
+    assert set(prompts[4:]) < set(prompts[:4])
+    folder = cut_back(whole, 2, tmp_path / "again")
+    assert_same_run(train_tiny(resume=True, reward={reward: 1.0}, output_dir=str(folder), **settings), whole)
+
+
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_a_run_continued_after_any_step_equals_the_uninterrupted_one(train_tiny, uninterrupted, tmp_path, step):
     folder = cut_back(uninterrupted, step, tmp_path / "run")

@@ -30,6 +30,7 @@ from gemma_grpo.reward.generative import (
     train_reward_adapter,
 )
 from gemma_grpo.reward.quality import accuracy
+from gemma_grpo.reward.zero_shot import ZeroShotJudge
 from gemma_grpo.types import Completion, PreferencePair, Prompt, RolloutGroup
 
 SETTINGS = RewardModelSettings(learning_rate=3e-3, batch_size=8)
@@ -70,11 +71,11 @@ def plain_log_odds(model: Gemma, role: Any, ids: Sequence[int]) -> float:
     return float(logits[yes] - logits[no])
 
 
-@pytest.mark.parametrize("role", ["reward", "reference"])
-def test_a_score_is_the_log_odds_of_yes_over_no_after_the_question(model: Gemma, role: Any) -> None:
+@pytest.mark.parametrize(("role", "reward"), [("reward", GenerativeReward), ("reference", ZeroShotJudge)])
+def test_a_score_is_the_log_odds_of_yes_over_no_after_the_question(model: Gemma, role: Any, reward: Callable[[Gemma], Reward]) -> None:
     groups = [new_group(model, f"question {n}?", replies) for n, replies in enumerate(REPLIES)]
     suffix = judge_suffix_ids(model.tokenizer, JUDGE_QUESTION)
-    for group, row in zip(groups, GenerativeReward(model, role=role).score(groups), strict=True):
+    for group, row in zip(groups, reward(model).score(groups), strict=True):
         for completion, score in zip(group.completions, row, strict=True):
             text = [*group.prompt.token_ids, *completion.token_ids, *suffix]
             assert score == pytest.approx(plain_log_odds(model, role, text), abs=2e-5)
@@ -82,15 +83,17 @@ def test_a_score_is_the_log_odds_of_yes_over_no_after_the_question(model: Gemma,
 
 def test_the_two_roles_give_two_verdicts(model: Gemma) -> None:
     groups = [new_group(model, "question?", REPLIES[0])]
-    assert GenerativeReward(model).score(groups) != GenerativeReward(model, role="reference").score(groups)
-    reward: Reward = GenerativeReward(model)
-    assert reward.name == "generative"
+    rewards: list[Reward] = [GenerativeReward(model), ZeroShotJudge(model)]
+    assert rewards[0].score(groups) != rewards[1].score(groups)
+    assert [reward.name for reward in rewards] == ["generative", "judge"]
 
 
 @pytest.mark.parametrize("tokens", [None, 200, 100, 1])
-def test_the_batch_changes_no_score(model: Gemma, tokens: int | None) -> None:
-    groups = [new_group(model, f"question {n}?", replies) for n, replies in enumerate(REPLIES)]
-    reward = GenerativeReward(model)
+@pytest.mark.parametrize("kind", [GenerativeReward, ZeroShotJudge])
+def test_the_batch_changes_no_score(model: Gemma, tokens: int | None, kind: Callable[[Gemma], Reward]) -> None:
+    # the last group is of another size than the others
+    groups = [new_group(model, f"question {n}?", replies) for n, replies in enumerate([*REPLIES, ["a", "b", "c"]])]
+    reward = kind(model)
     model.budget = TokenBudget(tokens)
     together = reward.score(groups)
     for n, group in enumerate(groups):

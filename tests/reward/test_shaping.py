@@ -66,15 +66,15 @@ def test_a_reference_is_needed_for_each_group() -> None:
 
 
 class LengthReward:
-    """Scores a completion by its number of tokens, and counts the calls."""
+    """Scores a completion by its number of tokens, and remembers whose."""
 
     name = "length"
 
     def __init__(self) -> None:
-        self.seen: list[str] = []
+        self.seen: list[list[str]] = []
 
     def score(self, groups: Sequence[RolloutGroup]) -> Scores:
-        self.seen += [completion.text for group in groups for completion in group.completions]
+        self.seen += [[completion.text for completion in group.completions] for group in groups]
         return [[None if "?" in c.text else float(len(c.token_ids)) for c in group.completions] for group in groups]
 
 
@@ -88,17 +88,31 @@ def references() -> tuple[ReferenceRewards, LengthReward]:
 def test_the_reference_is_the_datasets_reply_where_there_is_one_and_the_mean_elsewhere(references: Any) -> None:
     find, _ = references
     groups = [new_group("a", chosen="four"), new_group("b"), new_group("c", chosen=None), new_group("d", chosen="to", other=1)]
+    assert find.score(groups) == [[1.0]] * 4
     assert find(groups) == [5.0, -7.0, -7.0, 3.0]
+    assert find(groups[::-1]) == [3.0, -7.0, -7.0, 5.0]
 
 
 def test_a_reply_the_reward_does_not_score_falls_back_on_the_mean(references: Any) -> None:
-    assert references[0]([new_group("a", chosen="what?")]) == [-7.0]
+    groups = [new_group("a", chosen="what?")]
+    assert references[0].score(groups) == [[1.0]]
+    assert references[0](groups) == [-7.0]
 
 
-def test_each_reply_is_scored_once(references: Any) -> None:
+def test_the_reply_is_scored_beside_the_completions_of_its_prompt(references: Any) -> None:
     find, reward = references
-    groups = [new_group("a", chosen="four"), new_group("b"), new_group("a", chosen="four")]
-    assert find(groups) == find(groups[::-1])[::-1] == [5.0, -7.0, 5.0]
-    find([new_group("d", chosen="new"), groups[0]])
-    assert reward.seen == ["four", "new"]
-    assert find([]) == []
+    find.score([new_group("a", chosen="four"), new_group("b")])
+    assert reward.seen == [["y", "four"], ["y"]]
+    assert find.name == "length"
+
+
+def test_nothing_is_remembered_of_what_was_scored_before(references: Any) -> None:
+    # a resumed run has not scored it, and must find the same numbers
+    find, reward = references
+    find.score([new_group("a", chosen="four")])
+    find.score([new_group("a", chosen="longer reply"), new_group("d", chosen="new")])
+    assert reward.seen == [["y", "four"], ["y", "longer reply"], ["y", "new"]]
+    assert find([new_group("a"), new_group("d")]) == [13.0, 4.0]
+    assert find.score([]) == find([]) == []
+    with pytest.raises(KeyError):
+        find([new_group("a")])
