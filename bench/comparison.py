@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 Sample = Mapping[str, Any]
-"""What a worker answers to a step: "seconds", "phases" (name -> seconds), "peak_bytes"; and "tokens", the completion tokens of it."""
+"""A worker's answer to a step: "seconds", "cpu_seconds", "phases" (name -> seconds), "peak_bytes"; and "tokens", its completion tokens."""
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -30,13 +30,15 @@ def compare(ours: Sequence[Sample], peers: Sequence[Sample]) -> dict[str, Any]:
     """Both sides, and how many times longer and larger the peer is: of the medians, and pair by pair.
 
     Sample i of both sides ran the same prompts and lengths, one right after the other: what changes on the machine in the course of
-    a bench is in both, so the paired ratio is the one to trust.
+    a bench is in both, so the paired ratio is the one to trust. `cpu_ratio` is of the processors' time, which other programs' load
+    changes little: where it is far from the paired ratio, the machine was busy or one side leaves cores idle.
     """
     own, peer = side_summary(ours), side_summary(peers)
     pairs = list(zip(ours, peers, strict=True))
     return {
         "ours": own,
         "trl": peer,
+        "cpu_ratio": spread([theirs["cpu_seconds"] / mine["cpu_seconds"] for mine, theirs in pairs]),
         "ratio_of_medians": peer["seconds"]["median"] / own["seconds"]["median"],
         "paired_ratio": spread([theirs["seconds"] / mine["seconds"] for mine, theirs in pairs]),
         "memory_ratio": spread([theirs["peak_bytes"] / mine["peak_bytes"] for mine, theirs in pairs]),

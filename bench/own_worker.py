@@ -101,13 +101,13 @@ class OwnSide:
     def step(self, index: int) -> dict[str, Any]:
         """Run a step; wall time by phase, and what shows that it did what was asked."""
         lengths = self.prepare(index)
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         record, groups = self.stepper.train_step(self.prompts[index], index)
-        seconds = time.perf_counter() - started
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         sampled = [len(completion.token_ids) for group in groups for completion in group.group.completions]
         assert sampled == list(lengths.completions), "the completions are not as long as they were forced to be"
         metrics = {name: record.metrics[name] for name in ("loss", "kl", "kl_step", "passes", "rollbacks", "oom_retries", "grad_norm")}
-        return {"seconds": seconds, "phases": dict(record.seconds), "metrics": metrics}
+        return {"seconds": seconds, "cpu_seconds": cpu, "phases": dict(record.seconds), "metrics": metrics}
 
     def agree(self, index: int, path: str) -> dict[str, Any]:
         """Completions, loss and LoRA gradient of a step's first pass, written for the other side to repeat; nothing is updated."""

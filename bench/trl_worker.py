@@ -185,19 +185,20 @@ class Conductor(TrainerCallback):
         index, planning_step = divmod(state.global_step, self.setting.planning_steps)
         if planning_step == 0:
             self.serve(index)
-            self.started = time.perf_counter()
+            self.started = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.setting.planning_steps:
             return
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - self.started
+        seconds, cpu = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
         expected = list(self.steps[state.global_step // self.setting.planning_steps - 1].completions)
         assert self.trainer.sampled == expected, "the completions are not as long as they were forced to be"
         phases = {**self.trainer.seconds, "update": seconds - sum(self.trainer.seconds.values())}
         metrics = {name: values[-1] for name, values in self.trainer._metrics["train"].items() if name in ("kl", "entropy")}
-        self.line.send({"seconds": seconds, "phases": phases, "metrics": metrics, "peak_bytes": self.memory.above_base()})
+        times = {"seconds": seconds, "cpu_seconds": cpu, "phases": phases}
+        self.line.send({**times, "metrics": metrics, "peak_bytes": self.memory.above_base()})
 
 
 def main() -> None:

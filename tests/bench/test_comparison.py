@@ -8,7 +8,8 @@ from bench.comparison import compare
 
 
 def sample(seconds: float, peak: int) -> dict[str, object]:
-    return {"seconds": seconds, "phases": {"rollout": seconds / 4, "update": seconds * 3 / 4}, "peak_bytes": peak, "tokens": 100}
+    phases = {"rollout": seconds / 4, "update": seconds * 3 / 4}
+    return {"seconds": seconds, "cpu_seconds": 2 * seconds, "phases": phases, "peak_bytes": peak, "tokens": 100}
 
 
 def test_a_machine_that_slows_down_changes_no_paired_ratio() -> None:
@@ -16,6 +17,7 @@ def test_a_machine_that_slows_down_changes_no_paired_ratio() -> None:
     trl = [sample(3 * seconds, 40) for seconds in (1.0, 2.0, 8.0)]
     found = compare(ours, trl)
     assert found["paired_ratio"] == {"median": 3.0, "min": 3.0, "max": 3.0}
+    assert found["cpu_ratio"] == found["paired_ratio"]
     assert found["memory_ratio"] == {"median": 4.0, "min": 4.0, "max": 4.0}
 
 
