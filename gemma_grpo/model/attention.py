@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from gemma_grpo.data.batch import GroupBatch
-from gemma_grpo.model.grouped import Block, PackedAttention, blocks_of
+from gemma_grpo.model.grouped import Block, PackedAttention, block_limit, blocks_of
 
 ATTENTION_NAME = "gemma_grpo_grouped"
 
@@ -106,7 +106,7 @@ class GroupLayout:
         if self.keep_prompt_kv is not None:
             self.keep_prompt_kv(layer, *(_unpack(states[: self.num_prompt_tokens], self.batch.prompt_mask) for states in (k, v)))
         if window not in self._blocks:
-            self._blocks[window] = blocks_of(*self._lengths, q.shape[1], window, q.device)
+            self._blocks[window] = blocks_of(*self._lengths, window, q.device, limit=block_limit(q.shape[1], q.device))
         out: Tensor = PackedAttention.apply(q, k, v, self._blocks[window], scaling)  # type: ignore[no-untyped-call]
         return out[None]
 

@@ -121,10 +121,15 @@ class _Rows:
 
 
 def blocks_of(
-    prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], heads: int, window: int | None, device: torch.device
+    prompt_lengths: Sequence[int],
+    completion_lengths: Sequence[Sequence[int]],
+    window: int | None,
+    device: torch.device,
+    *,
+    limit: int,
 ) -> list[Block]:
-    """Every query of the packed row [all prompts, all completions] in one block, none of more than BLOCK_SCORES scores if it can be cut."""
-    limit = BLOCK_SCORES["cuda" if device.type == "cuda" else "cpu"] // heads
+    """Every query of the packed row [all prompts, all completions] in one block, none of more than `limit` scores of a head if it can be
+    cut. Completions without tokens are left out of `completion_lengths`."""
     found: list[Block] = []
     start, first = 0, sum(prompt_lengths)
     for length, group in zip(prompt_lengths, completion_lengths, strict=True):
@@ -134,6 +139,11 @@ def blocks_of(
             first += sum(some)
         start += length
     return found
+
+
+def block_limit(heads: int, device: torch.device) -> int:
+    """Scores of one head in a block on this device."""
+    return BLOCK_SCORES["cuda" if device.type == "cuda" else "cpu"] // heads
 
 
 def _runs(lengths: Sequence[int], before: int, window: int | None, limit: int) -> Iterator[tuple[int, ...]]:
