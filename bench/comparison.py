@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 Sample = Mapping[str, Any]
-"""A worker's answer to a step: "seconds", "cpu_seconds", "phases" (name -> seconds), "peak_bytes"; and "tokens", its completion tokens."""
+"""What a worker says of a step: "seconds", "cpu_seconds", "phases" (name -> seconds), "peak_bytes"; "tokens" are its completions'."""
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -39,7 +39,8 @@ PAIR_SECONDS = {("8m", "a"): 45, ("8m", "b"): 55, ("8m", "c"): 90, ("270m", "a")
 def setting_of(model: str, workload: str, threads: int) -> Setting:
     """The sizes a model is measured at."""
     num_prompts, batch_size, precision = MODELS[model]
-    return Setting(model, workload, num_prompts, 8, batch_size, MAX_PROMPT[workload], LIMITS[workload], precision=precision, threads=threads)
+    limits = (MAX_PROMPT[workload], LIMITS[workload])
+    return Setting(model, workload, num_prompts, 8, batch_size, *limits, precision=precision, threads=threads)
 
 
 def missing(model: str, peer_python: Path) -> str | None:
