@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,14 @@ import torch
 from gemma_grpo.config.schema import LoraSettings
 from gemma_grpo.data.batch import pad_groups
 from gemma_grpo.model.gemma import Gemma
+from gemma_grpo.model.kv_cache import Extent
 from gemma_grpo.model.logprobs import completion_logprobs
 from gemma_grpo.model.memory import is_out_of_memory
 from gemma_grpo.model.precision import base_dtype, float32_logits, float32_product, has_native_bf16
+from gemma_grpo.rollout.engine import SamplingParams
+from gemma_grpo.rollout.local import LocalEngine
+from gemma_grpo.rollout.running import StepGraphs
+from gemma_grpo.types import Prompt
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -78,3 +84,30 @@ def test_a_training_runs_to_its_end(train_tiny: Callable[..., Any], settings: di
     run = train_tiny(**settings)
     assert all(norm > 0 for norm in run.metrics("grad_norm"))
     assert max(run.metrics("sampling_gap")) < 0.5
+
+
+def test_a_graph_makes_the_steps_that_the_same_code_makes_without_one() -> None:
+    total, step = torch.zeros(4, device=CUDA), torch.ones((), device=CUDA)
+
+    def add(extent: Extent) -> None:
+        total[: extent.rows] += step
+        step.mul_(2)
+
+    graphs, wide = StepGraphs(add), Extent(4, 1, 4, True, 3, 5, True)
+    for extent in (*[wide] * 5, replace(wide, rows=2), *[wide] * 2):
+        graphs(extent)
+    # 1 + 2 + 4 + 8 + 16, then 32 for two rows alone, then 64 + 128
+    assert total.tolist() == [255, 255, 223, 223]
+    assert len(graphs._graphs) == 1
+
+
+@pytest.mark.parametrize("kv_tokens", [None, 90])
+def test_replayed_graphs_sample_what_the_cpu_samples(tiny_model_dir: Path, kv_tokens: int | None) -> None:
+    prompts = [Prompt(f"prompt {length}", "test", (), (2, *range(150, 150 + length)), f"talk {length}") for length in (3, 20, 7)]
+    params = SamplingParams(num_generations=4, max_completion_length=70, seed=3, temperature=0.7)
+    on_cpu, on_card = (LocalEngine(load(tiny_model_dir, device, precision="fp32"), kv_tokens) for device in (torch.device("cpu"), CUDA))
+    expected, found = on_cpu.sample(prompts, params), on_card.sample(prompts, params)
+    for one, other in zip(expected, found, strict=True):
+        for first, second in zip(one.completions, other.completions, strict=True):
+            assert first.token_ids == second.token_ids
+            assert first.sampling_logprobs == pytest.approx(second.sampling_logprobs, abs=1e-3)
