@@ -34,6 +34,8 @@ def read_reports(folder: Path = RESULTS) -> list[dict[str, Any]]:
 
 def table(reports: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: medians of both sides, and the median of the paired ratios with the smallest and the largest."""
+    if not reports:
+        return ""
     rows = [HEADINGS, ("---", *["---:"] * (len(HEADINGS) - 1)), *(_row(report) for report in reports)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -80,8 +82,7 @@ def write() -> None:
         return
     print(table(reports), end="")
     (RESULTS / "step.svg").write_text(chart(reports), encoding="utf-8")
-    if DOCUMENT.exists():
-        DOCUMENT.write_text(with_table(DOCUMENT.read_text(encoding="utf-8"), table(reports)), encoding="utf-8")
+    DOCUMENT.write_text(with_table(DOCUMENT.read_text(encoding="utf-8"), table(reports)), encoding="utf-8")
 
 
 def main() -> None:

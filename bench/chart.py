@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 COLOURS = {"rollout": "#0072b2", "reward": "#f0e442", "old_logprobs": "#cc79a7", "reference": "#009e73", "update": "#d55e00"}
 """Of Okabe and Ito, which colour-blind readers can part."""
@@ -47,6 +48,9 @@ def lines(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], uni
             axes.set(xscale="log", yscale="log", xlabel=label)
             axes.set_xticks([x for x, _ in points], [f"{x:g}" for x, _ in points])
             axes.set_xticks([], minor=True)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.set_yticks([], minor=True)
             if index == 0:
                 axes.set_ylabel(unit)
                 axes.legend(frameon=False)
