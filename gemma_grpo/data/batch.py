@@ -1,15 +1,14 @@
 """The nouns as tensors: the only padding in the program, and how a batch is cut into pieces that fit.
 
 A GroupBatch keeps the group structure, so that the model can read a prompt once and its G completions beside it.
-Padding is a rectangle for attention only: the model's linear layers see the real tokens, packed (model/attention.py).
-How large a piece may be is not decided here (model/memory.py), nor which lengths go together (packing.py).
+Padding is for addressing only: the model sees the real tokens, packed, and they alone count (model/attention.py).
+How large a piece may be is not decided here (model/memory.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import reduce
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gemma_grpo.data.chat import PAD_ID
-from gemma_grpo.data.packing import Box, cheapest_cut
+from gemma_grpo.data.packing import first_fit_decreasing
 from gemma_grpo.types import RolloutGroup
 
 Batch = TypeVar("Batch", bound="GroupBatch")
@@ -71,33 +70,34 @@ class GroupBatch:
         return replace(self, **moved)
 
     @property
-    def num_padded_tokens(self) -> int:
-        """Tokens of both rectangles, padding included: N P + N G C."""
-        return self.prompt_ids.numel() + self.completion_ids.numel()
+    def num_tokens(self) -> int:
+        """Real tokens of the prompts and of their completions: what a pass computes."""
+        return int(self.prompt_mask.sum() + self.completion_mask.sum())
 
     def slots(self, token_budget: int | None, *, whole_groups: bool = False) -> list[Slot]:
-        """Cut into pieces of similar lengths, the largest first, of at most so many padded tokens once trimmed.
+        """Cut into pieces of at most so many tokens, as few as are found quickly, the largest first. No padding counts.
 
-        A piece is whole groups; of a group that alone is too large, completions, each piece reading the prompt again. The cut is
-        the cheapest found, padding weighed against the number of pieces, so a piece may be smaller than it might be. What cannot be
-        cut further is a piece however large it is: one completion, or with `whole_groups` one group. None does not cut at all: one
-        piece, as wide as the longest prompt and the longest completion, whatever its padding.
+        A piece is whole groups, whichever fill it; of a group that alone is too large, completions, each piece reading the prompt
+        again. What cannot be cut further is a piece however large it is: one completion, or with `whole_groups` one group. None
+        does not cut.
         """
         num_prompts, group = self.completion_ids.shape[:2]
         everything = tuple(range(group))
         if token_budget is None:
             return [Slot(tuple(range(num_prompts)), everything)]
-        boxes = _boxes(self)
-        groups = [reduce(Box.around, row) for row in boxes]
-        slots = []
-        for rows in cheapest_cut(groups, lambda count, box: box.tokens(count, group), token_budget):
-            if whole_groups or len(rows) > 1 or groups[rows[0]].tokens(1, group) <= token_budget:
-                slots.append(Slot(rows, everything))
+        prompts: list[int] = self.prompt_mask.sum(-1).tolist()
+        completions: list[list[int]] = self.completion_mask.sum(-1).tolist()
+        groups = [prompt + sum(lengths) for prompt, lengths in zip(prompts, completions, strict=True)]
+        slots: list[tuple[int, Slot]] = []
+        for rows in first_fit_decreasing(groups, token_budget):
+            if whole_groups or len(rows) > 1:
+                slots.append((sum(groups[n] for n in rows), Slot(rows, everything)))
             else:
-                parts = cheapest_cut(boxes[rows[0]], lambda count, box: box.tokens(1, count), token_budget)
-                slots += [Slot(rows, part) for part in parts]
+                (n,) = rows
+                parts = first_fit_decreasing(completions[n], token_budget - prompts[n])  # one, if the group fits
+                slots += [(prompts[n] + sum(completions[n][g] for g in part), Slot(rows, part)) for part in parts]
         # the largest first: if memory ends, then before time was spent
-        return sorted(slots, key=lambda slot: _padded_tokens(slot, boxes), reverse=True)
+        return [slot for _, slot in sorted(slots, key=lambda sized: sized[0], reverse=True)]
 
     def piece(self: Batch, slot: Slot) -> Batch:
         """The part of the batch in a slot, trimmed to its own longest prompt and completion. Per-token fields end in C, prompt's in P."""
@@ -181,18 +181,3 @@ def _real_columns(real: Bool[Tensor, " T"]) -> slice:
     """From the first to the last column that any sequence reaches, at least one."""
     columns = real.nonzero()[:, 0]
     return slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(0, 1)
-
-
-def _boxes(batch: GroupBatch) -> list[list[Box]]:
-    """One for each completion, with its prompt: [N][G]. Lengths are read from the device once, cutting asks for them many times."""
-    width = batch.prompt_mask.shape[1]
-    columns = torch.arange(width, device=batch.prompt_mask.device)
-    first: list[int] = torch.where(batch.prompt_mask, columns, width).amin(-1).tolist()
-    stop: list[int] = torch.where(batch.prompt_mask, columns + 1, 0).amax(-1).tolist()
-    lengths: list[list[int]] = batch.completion_mask.sum(-1).tolist()
-    return [[Box(first[n], stop[n], length) for length in row] for n, row in enumerate(lengths)]
-
-
-def _padded_tokens(slot: Slot, boxes: Sequence[Sequence[Box]]) -> int:
-    around = reduce(Box.around, (boxes[n][g] for n in slot.rows for g in slot.completions))
-    return around.tokens(len(slot.rows), len(slot.completions))

@@ -35,7 +35,7 @@ class DoesNotFitError(RuntimeError):
 
 
 class TokenBudget:
-    """Padded tokens, prompts and completions, that one pass may hold; None: no limit. Halved whenever memory runs out, for good."""
+    """Tokens, of prompts and completions, that one pass may hold; None: no limit. Halved whenever memory runs out, for good."""
 
     def __init__(self, tokens: int | None) -> None:
         self.tokens = tokens
@@ -45,7 +45,7 @@ class TokenBudget:
     def run(
         self, batch: Batch, work: Callable[[Batch], Result], *, doing: str, whole_groups: bool = False
     ) -> Iterator[tuple[Slot, Result]]:
-        """Do work on the batch piece by piece, in order; yields each piece's place (Slot.put) and its result.
+        """Do work on the batch piece by piece; yields each piece's place (Slot.put) and its result.
 
         A piece that runs out of memory is cut smaller and done again, so `work` must change nothing outside itself: what it
         found counts once it is yielded. Random draws of the attempt, dropout's, are taken back too. `doing` names the pass
@@ -70,7 +70,7 @@ class TokenBudget:
             gc.collect()
             release(device)
             _set_random_states(device, draws)
-            self._halve(piece.num_padded_tokens)
+            self._halve(piece.num_tokens)
             waiting = [slot.inner(part) for slot in waiting for part in batch.piece(slot).slots(self.tokens, whole_groups=whole_groups)]
 
     def _halve(self, failed: int) -> None:

@@ -38,11 +38,11 @@ class Plan:
     lora: str
     limit_bytes: int
     token_budget: int
-    """Padded tokens of one forward (and backward) pass."""
+    """Tokens of one forward (and backward) pass."""
     kv_token_budget: int
     """Tokens of keys and values held while sampling."""
     one_completion: int
-    """Padded tokens of one completion after its prompt, the least that a pass or a cache can hold."""
+    """Tokens of one completion after its prompt, both as long as allowed: the least that a pass or a cache can hold."""
     reduced: tuple[str, ...]
     """Budgets that were made smaller so that the run fits."""
     phases: tuple[Phase, ...]

@@ -17,7 +17,7 @@ from gemma_grpo.model.memory import DoesNotFitError, TokenBudget
 ROUNDING = 2e-5
 """Of the largest entry of the gradient: float32 sums in another order."""
 BUDGETS = [1, 40, 60, 100]
-"""From one completion at a time to two groups: the groups have 17 to 48 padded tokens."""
+"""From one completion at a time to three groups: the groups have 31 to 47 tokens."""
 ALIVE = {"entropy.threshold": 2.0, "loss.tis_cap": 2.0, "kl.beta": 0.2}
 """Every term of the loss."""
 
