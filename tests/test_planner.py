@@ -62,17 +62,31 @@ def test_the_reference_configuration_fits_a_t4_unquantised() -> None:
     assert part(planned, "rollout", PROGRAM) == pytest.approx(0.45, abs=1e-6)
 
 
-def test_it_reads_two_whole_groups_at_a_time_and_samples_as_many_as_fit() -> None:
-    planned = plan()
-    assert planned.token_budget == 2 * (512 + 8 * 512)  # batch_size full groups: not made smaller
+def test_it_reads_two_whole_groups_at_a_time_and_samples_as_many_groups_as_fit() -> None:
+    group = 512 + 8 * 512
+    assert plan().token_budget == 2 * group  # batch_size full groups: not made smaller
+    # the rollout alone decides, and its draws, as prompts are read two at a time
+    planned = plan(reward={"length": 1.0}, **{"evaluation.num_prompts": 0, "memory.token_budget": 1024})
     assert planned.reduced == ("kv_token_budget",)
-    # 136 KiB for each token: 29 sliding layers and 5 global ones of 4096 bytes
+    # nine tenths of 14.7 GiB, less weights, adapters, context
+    room = (0.9 * 14.7 - 7.23 - 0.45) * GIB - 4 * 4 * 2_228_224
+    # 136 KiB for each token: 29 sliding layers and 5 global ones of 4096 bytes, all within the window of 1024; each row's logits and
+    # their exponential, float32, of a step and of those that graphs keep; what is searched of one, and a row's 513 tokens
+    row = (2 + 2) * 4 * 262_208 + 2 * 512 * 20 + 513 * 12
+    count, left = divmod(planned.kv_token_budget, group)
+    assert count == int(room / (group * 136 * 1024 + 8 * row)) == 8
+    # what is left holds prompts beside those that are sampled
+    assert left == int((room - count * (group * 136 * 1024 + 8 * row)) / (512 * 136 * 1024)) * 512
     assert part(planned, "rollout", SLIDING_KV) * GIB == pytest.approx(planned.kv_token_budget * 29 * 4096, abs=1)
     assert part(planned, "rollout", GLOBAL_KV) * GIB == pytest.approx(planned.kv_token_budget * 5 * 4096, abs=1)
-    # nine tenths of 14.7 GiB, less weights, adapters, context, for keys and values and 6 float32 distributions for every 576 tokens
-    room = 0.9 * 14.7 - 7.23 - 4 * 4 * 2_228_224 / GIB - 0.45
-    per_token = 136 * 1024 + 6 * 4 * 262_208 / (512 / 8 + 512)
-    assert planned.kv_token_budget == pytest.approx(room * GIB / per_token, rel=0.01)
+
+
+def test_sliding_layers_keep_what_their_window_reaches() -> None:
+    planned = plan(huge(), max_prompt_length=2048, max_completion_length=1500)
+    # 16 prompts and 128 completions; a token of a prompt is computed inside the window, so one less of the prompt is kept
+    assert part(planned, "rollout", SLIDING_KV) * GIB == pytest.approx((16 * 1023 + 128 * 1024) * 29 * 4096, abs=1)
+    assert part(planned, "rollout", GLOBAL_KV) * GIB == pytest.approx((16 * 2048 + 128 * 1500) * 5 * 4096, abs=1)
+    assert planned.kv_token_budget == 16 * 2048 + 128 * 1500
 
 
 def test_two_copies_as_in_many_notebooks_do_not_fit() -> None:
@@ -280,24 +294,40 @@ def test_a_pass_of_a_budget_has_the_budgets_tokens() -> None:
         assert Pass.of(tokens, 64, 9, 32).tokens == pytest.approx(tokens)
     assert Pass.of(10, 64, 9, 32).tokens == 96  # one completion is the least
     whole = Pass.of(2 * (64 + 9 * 32), 64, 9, 32)
-    assert (whole.prompts, whole.group, whole.keys) == (2, 9, 2 * 9 * 96)
-    assert whole.mask_entries == 2 * 64 * 64 + 2 * 9 * 32 * 96
+    assert (whole.prompts, whole.group, whole.completion_tokens) == (2, 9, 2 * 9 * 32)
 
 
-def test_activations_and_logits_by_hand_for_a_made_up_reading() -> None:
+def test_activations_by_hand_for_a_made_up_reading() -> None:
     # 1b in float32 on a CPU, one prompt of 512 with two completions of 128: 768 tokens; 3 x 6912 + 3.6 x 1152 + 4 x 256 numbers each
     cpu = Card("CPU", "cpu", 100 * GIB, native_bf16=False)
     settings = {"model_name": "google/gemma-3-1b-it", "max_completion_length": 128, "num_generations": 2, "batch_size": 1}
-    assert part(plan(cpu, **settings, reward={"length": 1.0}), "reference", LOGITS) * GIB == 2 * 256 * 262_144 * 4
     planned = plan(cpu, **settings, reward={"judge": 1.0}, kl={"placement": "off"})
-    judged = 512 + 2 * (128 + 24)  # the question makes the completions longer, the budget stays
-    attended = min(768, judged)
-    assert part(planned, "reward", ACTIVATIONS) * GIB == pytest.approx(attended * 4 * (3 * 6912 + 3.6 * 1152 + 4 * 256), abs=1)
+    each = 768 * (3 * 6912 + 3.6 * 1152 + 4 * 256)  # the question makes the completions longer, the budget stays
+    # a mask for the prompt and one for the completions, 24 tokens longer; the same again for layers that see 511 tokens before a query
+    masks = 512 * 512 + 152 * (512 + 152) + 512 * 512 + 152 * (511 + 152)
+    assert part(planned, "reward", ACTIVATIONS) * GIB == pytest.approx(4 * (each + masks), abs=1)
     assert part(planned, "reward", LOGITS) == 0
 
 
+def test_logits_by_hand_are_a_tile_however_many_tokens_there_are() -> None:
+    cpu = Card("CPU", "cpu", 100 * GIB, native_bf16=False)
+    settings = {"model_name": "google/gemma-3-270m-it", "max_prompt_length": 16, "num_generations": 4, "batch_size": 1}
+    # float32, on a CPU: 256 tokens x 8192 words, and their exponential
+    assert part(plan(cpu, **settings, max_completion_length=64), "reference", LOGITS) * GIB == 2 * 256 * 8192 * 4
+    # in 16 bits on a card: 1024 x 16,384; to learn, of logits and entropy, also rounded, and three sums of 640 numbers for each token
+    learned = part(plan(**settings, max_completion_length=512), "update", LOGITS) * GIB
+    assert learned == 2.5 * 1024 * 16_384 * 4 + 3 * 1024 * 640 * 4
+    silent = part(plan(**settings, max_completion_length=512, entropy={"threshold": 0}), "update", LOGITS) * GIB
+    assert silent == learned - 1024 * 640 * 4
+
+
+def test_prompts_are_read_as_many_at_a_time_as_a_pass_may() -> None:
+    at_once, apart = (plan(memory={"token_budget": tokens}, max_prompt_length=4096) for tokens in (10**6, 8192))
+    assert part(apart, "evaluation", ACTIVATIONS) < part(at_once, "evaluation", ACTIVATIONS) / 2
+
+
 def test_the_zero_shot_judges_pass_is_the_references_too() -> None:
-    settings = {"model_name": "google/gemma-3-1b-it", "max_completion_length": 128, "num_generations": 2, "batch_size": 1}
+    settings = {"model_name": "google/gemma-3-270m-it", "max_prompt_length": 16, "max_completion_length": 64, "batch_size": 1}
     both = plan(**settings, reward={"judge": 1.0})
     apart = plan(**settings, reward={"generative": 1.0})
     assert "reference" not in [phase.name for phase in both.phases]
@@ -347,7 +377,7 @@ def test_every_part_and_phase_is_in_the_json() -> None:
     content = planned.to_dict()
     assert content["phases"]["rollout"] == {**planned.phases[2].parts, "total": planned.phases[2].total}
     assert (content["completions_per_update"], content["prompts_per_update"], content["fits"]) == (128, 16, True)
-    assert content["peak"] == {"phase": "rollout", "bytes": planned.peak.total}
+    assert content["peak"] == {"phase": planned.peak.name, "bytes": planned.peak.total}
 
 
 def test_the_default_settings_are_planned_without_a_question() -> None:

@@ -4,29 +4,44 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from live_bytes import LiveBytes
 
 from gemma_grpo.config import GRPOConfig, LoraSettings, build_config
 from gemma_grpo.data.batch import GroupBatch, pad_groups
+from gemma_grpo.grpo.step import sampling_params
 from gemma_grpo.model.gemma import Gemma
-from gemma_grpo.model.logprobs import completion_logprobs
-from gemma_grpo.planner.phases import ACTIVATIONS, GLOBAL_KV, LOGITS, SLIDING_KV, Phase, Run
+from gemma_grpo.model.grouped import BLOCK_SCORES
+from gemma_grpo.model.logprobs import TILE, completion_logprobs
+from gemma_grpo.model.memory import TokenBudget
+from gemma_grpo.planner import attention, sampling, terms
+from gemma_grpo.planner.phases import ACTIVATIONS, GLOBAL_KV, JUDGE_TOKENS, LOGITS, SLIDING_KV, Budgets, Phase, Run
+from gemma_grpo.planner.sampling import Room
 from gemma_grpo.planner.terms import Numbers
+from gemma_grpo.reward.zero_shot import ZeroShotJudge
 from gemma_grpo.rollout.engine import SamplingParams
-from gemma_grpo.rollout.local import LocalEngine
+from gemma_grpo.rollout.local import EVERY_TOKEN, IN_BURSTS, LocalEngine, Pace, room_for
+from gemma_grpo.rollout.sampling import BLOCK
 from gemma_grpo.shapes import ModelShape
-from gemma_grpo.types import Prompt
+from gemma_grpo.types import Completion, Prompt, RolloutGroup
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WIDE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 6}
 NARROW = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "num_hidden_layers": 2}
 
-MANY_KEYS = {**NARROW, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 32}
+BOTH_KINDS = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+MANY_KEYS = {**NARROW, **BOTH_KINDS, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 32}
+WIDE_WINDOW, NARROW_WINDOW = {**MANY_KEYS, "sliding_window": 64}, {**MANY_KEYS, "sliding_window": 16}
+MANY_WORDS = {**NARROW, "intermediate_size": 32, "vocab_size": 20_000}
+OFTEN = tuple(range(3, 24))
+"""So many words end a completion that most end early."""
 
 
 def run_of(model: Gemma, kind: str, **settings: Any) -> Run:
@@ -99,6 +114,10 @@ def beside_weights(phase: Phase) -> int:
         (2048, ("down_proj",), 0.0, (16, 2, 64)),
         (2048, ("o_proj", "gate_proj"), 0.0, (32, 4, 32)),
         (1024, ("q_proj", "v_proj"), 0.1, (32, 4, 32)),
+        (64, ("q_proj", "v_proj"), 0.0, (64, 4, 128)),  # scores: a group's in one block
+        (64, ("q_proj", "v_proj"), 0.0, (200, 3, 400)),  # two completions' in one block
+        (64, ("q_proj", "v_proj"), 0.0, (100, 2, 800)),  # half a completion's
+        (64, ("q_proj", "v_proj"), 0.0, (800, 2, 8)),  # half a prompt's
     ],
 )
 def test_an_update_holds_what_is_planned(
@@ -121,14 +140,14 @@ def test_an_update_holds_what_is_planned(
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 @pytest.mark.parametrize("tokens", [100, 340, 600])
-def test_logits_are_held_a_chunk_at_a_time(new_gemma, clean, kind: str, tokens: int) -> None:
+def test_logits_are_held_a_tile_at_a_time(new_gemma, clean, kind: str, tokens: int) -> None:
     model = new_gemma(dtype=DTYPES[kind], vocab_size=12_000, intermediate_size=32, **NARROW)
     clean.append(model)
     model.enable_gradient_checkpointing()
     run = run_of(model, kind, max_prompt_length=8, num_generations=2, max_completion_length=tokens // 2)
     batch = full_batch(run.config, 1, 12_000)
     update, reference = run.update(tokens_of(run.config, 1)), run.reference(tokens_of(run.config, 1))
-    assert update.parts[LOGITS] > 20 * update.parts[ACTIVATIONS]
+    assert update.parts[LOGITS] > 10 * update.parts[ACTIVATIONS]
     assert beside_weights(update) == pytest.approx(measured(model, batch, learning(model, batch)), rel=0.06)
 
     def scoring() -> None:
@@ -155,32 +174,96 @@ def test_reading_without_gradients_holds_what_is_planned(new_gemma, kind: str, l
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("vocabulary", [363, 12_000])
+@pytest.mark.parametrize("shaping", ["none", "par"])
+def test_judging_with_log_probabilities_holds_what_is_planned(new_gemma, kind: str, vocabulary: int, shaping: str) -> None:
+    model = new_gemma(dtype=DTYPES[kind], intermediate_size=1024, vocab_size=vocabulary, **WIDE)
+    judge, length = ZeroShotJudge(model), 40
+    # this tokenizer's question has more tokens than any of Gemma's, for which the plan has room: planned as longer completions
+    planned_length = length + len(judge.judge.suffix) - JUDGE_TOKENS
+    lengths = {"max_prompt_length": 32, "num_generations": 4, "max_completion_length": planned_length}
+    run = run_of(model, kind, **lengths, **{"reward_model.shaping": shaping}, batch_size=2, gradient_accumulation_steps=1)
+    run = replace(run, rewards=frozenset({"judge"}))
+    group = 4 + (shaping == "par")
+    batch = full_batch(build_config({**lengths, "num_generations": group, "max_completion_length": length}), 2, 363)
+    groups = [
+        RolloutGroup(Prompt("p", "test", (), tuple(prompt), "c"), tuple(Completion("", tuple(ids), (), "length") for ids in rows), 0)
+        for prompt, rows in zip(batch.prompt_ids.tolist(), batch.completion_ids.tolist(), strict=True)
+    ]
+
+    def judging() -> None:
+        with judge.keeping_logprobs([replace(one, completions=one.completions[:4]) for one in groups], temperature=1.0):
+            judge.score(groups)
+
+    planned, held = beside_weights(run.reward(10_000)), measured(model, None, judging)
+    assert 0.9 * planned < held < 1.07 * planned
+
+
+def rollout(model: Gemma, run: Run, *, kv_tokens: int, stop_ids: tuple[int, ...] = (-1,), pace: Pace | None = None) -> Callable[[], object]:
+    """Sampling one step's prompts, each as long as it may be."""
+    config = run.config
+    batch = full_batch(config, config.prompts_per_step, model.config.vocab_size)
+    items = [Prompt(str(n), "test", (), tuple(ids), "c") for n, ids in enumerate(batch.prompt_ids.tolist())]
+    engine = LocalEngine(model, kv_tokens, stop_ids=stop_ids, pace=pace)
+    model.budget = TokenBudget(config.memory.token_budget)
+    return lambda: engine.sample(items, sampling_params(config, 0))
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("sizes", "lengths", "prompts", "filters"),
+    ("sizes", "lengths", "prompts", "settings"),
     [
-        (MANY_KEYS, (8, 8, 40), 4, {}),  # keys and values
-        (MANY_KEYS, (8, 8, 40), 4, {"kv_tokens": 700}),  # two prompts at a time
-        ({**NARROW, "intermediate_size": 32, "vocab_size": 20_000}, (8, 4, 4), 8, {}),  # the vocabulary
-        ({**NARROW, "intermediate_size": 32, "vocab_size": 20_000}, (8, 4, 4), 8, {"top_k": 5}),
-        ({**NARROW, "intermediate_size": 32, "vocab_size": 20_000}, (8, 4, 4), 8, {"top_p": 0.9}),
+        (WIDE_WINDOW, (8, 8, 40), 4, {}),  # keys and values
+        (WIDE_WINDOW, (8, 8, 40), 4, {"kv_token_budget": 700}),  # two prompts at a time
+        (WIDE_WINDOW, (8, 8, 40), 4, {"kv_token_budget": 680}),  # two and room for a third
+        (WIDE_WINDOW, (8, 8, 64), 2, {"kv_token_budget": 260}),  # three completions of one
+        (NARROW_WINDOW, (40, 4, 64), 6, {}),  # keys and values, fewer in sliding layers
+        (NARROW_WINDOW, (40, 4, 64), 6, {"kv_token_budget": 900}),
+        (MANY_WORDS, (8, 4, 4), 8, {}),  # the vocabulary
+        (MANY_WORDS, (8, 4, 4), 8, {"temperature": 0.7}),
+        (MANY_WORDS, (8, 4, 4), 8, {"top_k": 5}),
+        (MANY_WORDS, (8, 4, 4), 8, {"top_p": 0.9}),
+        (MANY_WORDS, (8, 4, 4), 8, {"top_k": 50, "top_p": 0.9, "temperature": 0.7}),
         ({**WIDE, "intermediate_size": 2048}, (256, 2, 2), 4, {}),  # the prompts
+        ({**WIDE, "intermediate_size": 2048}, (256, 2, 2), 4, {"token_budget": 600}),  # two prompts at a time
+        ({**WIDE, "intermediate_size": 64, "sliding_window": 16}, (700, 2, 2), 2, {}),  # the prompts' scores
+        ({**WIDE, "num_hidden_layers": 2, "intermediate_size": 2048}, (8, 64, 4), 4, {}),  # a layer of one more token of each row
+        ({**NARROW, "num_attention_heads": 16, "intermediate_size": 32, "sliding_window": 512}, (8, 8, 200), 8, {}),  # its scores
     ],
 )
 def test_a_rollout_holds_what_is_planned(
-    new_gemma, kind: str, sizes: dict[str, int], lengths: tuple[int, int, int], prompts: int, filters: dict[str, Any]
+    new_gemma, kind: str, sizes: dict[str, Any], lengths: tuple[int, int, int], prompts: int, settings: dict[str, Any]
 ) -> None:
     model = new_gemma(dtype=DTYPES[kind], **sizes)
     names = ("max_prompt_length", "num_generations", "max_completion_length")
-    sampling = {key: value for key, value in filters.items() if key != "kv_tokens"}
-    settings = {**dict(zip(names, lengths, strict=True)), "sampling": sampling}
-    run = run_of(model, kind, **settings, batch_size=prompts, gradient_accumulation_steps=1)
-    config = run.config
-    batch = full_batch(config, prompts, model.config.vocab_size)
-    items = [Prompt(str(n), "test", (), tuple(ids), "c") for n, ids in enumerate(batch.prompt_ids.tolist())]
-    params = SamplingParams(config.num_generations, config.max_completion_length, **sampling)
-    budget = filters.get("kv_tokens", tokens_of(config, prompts))
-    engine = LocalEngine(model, budget, stop_ids=(-1,))
-    # two whole prompts of four fit in 700 tokens, of 328 each
-    used = 2 * (8 + 8 * 40) if "kv_tokens" in filters else budget
-    planned = beside_weights(run.rollout(used))
-    assert planned == pytest.approx(measured(model, None, lambda: engine.sample(items, params)), rel=0.06)
+    stages = {"kv_token_budget": "memory.", "token_budget": "memory.", "top_k": "sampling.", "top_p": "sampling."}
+    changed = {stages.get(name, "") + name: value for name, value in settings.items()}
+    run = run_of(model, kind, **dict(zip(names, lengths, strict=True)), **changed, batch_size=prompts, gradient_accumulation_steps=1)
+    whole, memory = run.whole_step, run.config.memory
+    budgets = Budgets(memory.token_budget or whole.tokens, memory.kv_token_budget or whole.kv_tokens)
+    held = measured(model, None, rollout(model, run, kv_tokens=budgets.kv_tokens))
+    assert beside_weights(run.rollout(budgets)) == pytest.approx(held, rel=0.06)
+
+
+@pytest.mark.parametrize("sizes", [WIDE_WINDOW, NARROW_WINDOW])
+def test_rows_that_end_early_are_moved_without_a_second_copy_of_keys_and_values(new_gemma, sizes: dict[str, Any]) -> None:
+    model = new_gemma(**sizes)
+    lengths = {"max_prompt_length": 40, "num_generations": 8, "max_completion_length": 64}
+    run = run_of(model, "fp32", **lengths, batch_size=8, gradient_accumulation_steps=1)
+    kv_tokens = 2 * (40 + 8 * 64) + 3 * 40
+    for pace in (EVERY_TOKEN, IN_BURSTS):
+        held = measured(model, None, rollout(model, run, kv_tokens=kv_tokens, stop_ids=OFTEN, pace=pace))
+        assert held == pytest.approx(beside_weights(run.rollout(Budgets(10_000, kv_tokens))), rel=0.06)
+
+
+@given(st.integers(1, 20), st.integers(1, 300), st.integers(1, 12), st.integers(1, 300), st.integers(1, 40_000))
+def test_the_plans_room_is_the_engines(prompts: int, width: int, group: int, length: int, kv_tokens: int) -> None:
+    waiting = [Prompt(str(n), "test", (), (5,) * width, "c") for n in range(prompts)]
+    engines = room_for(waiting, SamplingParams(group, length), kv_tokens)
+    assert vars(Room.of(prompts, width, group, length, kv_tokens)) == vars(engines)
+
+
+def test_the_plan_counts_with_the_codes_own_sizes() -> None:
+    assert attention.BLOCK_SCORES == BLOCK_SCORES
+    assert terms.TILE == TILE
+    assert sampling.SEARCHED == BLOCK * 20

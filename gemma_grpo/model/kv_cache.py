@@ -120,7 +120,8 @@ class DecodeCache:
             to, source = (torch.tensor(side, device=self.lengths.device) for side in zip(*moved, strict=True))
             used = max(self.host_lengths[source] for _, source in moved)
             for kind in self._kinds.values():
-                kind.own[:, :, to, :, :used] = kind.own[:, :, source, :, :used]
+                for states in kind.own.flatten(0, 1):  # a layer at a time: what moves is copied on its way
+                    states[to, :, :used] = states[source, :, :used]
             self.prompt_of_row[to], self.lengths[to] = self.prompt_of_row[source], self.lengths[source]
         self.host_prompt_of_row = [self.host_prompt_of_row[row] for row in kept]
         self.host_lengths = [self.host_lengths[row] for row in kept]
@@ -132,7 +133,8 @@ class DecodeCache:
         if moved:
             to, source = (torch.tensor(side, device=self.lengths.device) for side in zip(*moved, strict=True))
             for kind in self._kinds.values():
-                kind.prompt[:, :, to] = kind.prompt[:, :, source]
+                for states in kind.prompt.flatten(0, 1):
+                    states[to] = states[source]
                 kind.prompt_positions[to] = kind.prompt_positions[source]
             self.prompt_lengths[to] = self.prompt_lengths[source]
         new_slot = {source: to for to, source in enumerate(kept)}

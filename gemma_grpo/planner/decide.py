@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -83,8 +83,7 @@ def _decided(run: Run, limit: int) -> Budgets:
     """Budgets as set, else those of a whole step, made smaller until the phases they decide leave their headroom."""
     memory, whole, least = run.config.memory, run.whole_step, run.smallest
     tokens = memory.token_budget or _largest(least.tokens, whole.tokens, partial(_passes, run), HEADROOM * limit)
-    kv = memory.kv_token_budget or _largest(least.kv_tokens, whole.kv_tokens, partial(_samplings, run), HEADROOM * limit)
-    return Budgets(tokens, kv)
+    return Budgets(tokens, memory.kv_token_budget or _largest_room(run, tokens, HEADROOM * limit))
 
 
 def _passes(run: Run, tokens: int) -> Iterator[Phase]:
@@ -93,10 +92,10 @@ def _passes(run: Run, tokens: int) -> Iterator[Phase]:
         yield run.reward_training(tokens)
 
 
-def _samplings(run: Run, kv_tokens: int) -> Iterator[Phase]:
-    yield run.rollout(kv_tokens)
+def _samplings(run: Run, budgets: Budgets) -> Iterator[Phase]:
+    yield run.rollout(budgets)
     if run.evaluation_groups():
-        yield run.evaluation(kv_tokens)
+        yield run.evaluation(budgets)
 
 
 def _peak(phases: Iterator[Phase]) -> int:
@@ -120,6 +119,23 @@ def _largest(least: int, most: int, phases: Callable[[int], Iterator[Phase]], ro
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def _largest_room(run: Run, pass_tokens: int, room: float) -> int:
+    """Tokens of keys and values of the most completions that fit; then room for prompts whose completions wait for each other's end."""
+    rooms = run.rooms
+    allowed = {phase.name: max(room, phase.total) for phase in _samplings(run, Budgets(pass_tokens, rooms[0]))}
+
+    def fits(kv_tokens: int) -> bool:
+        return all(phase.total <= allowed[phase.name] for phase in _samplings(run, Budgets(pass_tokens, kv_tokens)))
+
+    def largest(choices: Sequence[int]) -> int:
+        """By trying: other groups, those of the evaluation, do not hold ever more with ever more tokens."""
+        return next(filter(fits, reversed(choices)), choices[0])
+
+    found = largest(rooms)
+    above = next((tokens for tokens in rooms if tokens > found), found + 1)
+    return largest(range(found, above, run.config.max_prompt_length))
 
 
 def _reduced(run: Run, budgets: Budgets) -> tuple[str, ...]:

@@ -1,8 +1,7 @@
-"""The phases of a run and what each holds at its peak, from the terms of terms.py.
+"""The phases of a run and what each holds at its peak, from the terms of terms.py, attention.py and sampling.py.
 
 A phase passes through stages (a layer's backward pass, then the head's, and so on) that give their memory back one after the other:
-the largest counts. Batches are planned at full length; shorter completions to long prompts repeat more keys for each token, by up to
-a fifth of a phase, which the headroom of the planned budgets is for.
+the largest counts. Batches are planned at full length.
 """
 
 from __future__ import annotations
@@ -11,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gemma_grpo.config.schema import GRPOConfig
-from gemma_grpo.planner import terms
+from gemma_grpo.planner import attention, sampling, terms
+from gemma_grpo.planner.sampling import Room
 from gemma_grpo.planner.terms import Numbers, Pass
 from gemma_grpo.shapes import ModelShape
 
@@ -77,17 +77,26 @@ class Run:
         one = self.config.max_prompt_length + self.config.max_completion_length
         return Budgets(one, one)
 
+    @property
+    def rooms(self) -> list[int]:
+        """Tokens of keys and values that make a difference while sampling, ascending: one more completion of one group, then one
+        more group."""
+        config = self.config
+        prompt, completion, group = config.max_prompt_length, config.max_completion_length, config.num_generations
+        parts = [prompt + rows * completion for rows in range(1, group)]
+        return parts + [count * (prompt + group * completion) for count in range(1, config.prompts_per_step + 1)]
+
     def phases(self, budgets: Budgets) -> list[Phase]:
         """All phases that this run has, in their order."""
         held = [self.loading(), *([self.reward_training(budgets.tokens)] if self.trains_reward else [])]
-        held.append(self.rollout(budgets.kv_tokens))
+        held.append(self.rollout(budgets))
         if self.rewards & {"generative", "judge"}:
             held.append(self.reward(budgets.tokens))
         if self.config.kl.placement != "off" and "judge" not in self.rewards:
             held.append(self.reference(budgets.tokens))
         held.append(self.update(budgets.tokens))
         if self.evaluation_groups():
-            held.append(self.evaluation(budgets.kv_tokens))
+            held.append(self.evaluation(budgets))
         return held
 
     def loading(self) -> Phase:
@@ -95,13 +104,13 @@ class Run:
         whole_layer = 2 * terms.nf4_workspace(self.shape, self.numbers)
         return self._phase("loading", 0, {ACTIVATIONS: terms.READING_BYTES + whole_layer})
 
-    def rollout(self, kv_tokens: int) -> Phase:
+    def rollout(self, budgets: Budgets) -> Phase:
         """Sampling the groups of a step: as many prompts together as keys and values allow."""
-        return self._sampling("rollout", kv_tokens, {self.config.num_generations: self.config.prompts_per_step})
+        return self._sampling("rollout", budgets, {self.config.num_generations: self.config.prompts_per_step})
 
-    def evaluation(self, kv_tokens: int) -> Phase:
-        """Sampling held-out prompts, fewer completions of more prompts than in training: more is prefilled at once."""
-        return self._sampling("evaluation", kv_tokens, self.evaluation_groups())
+    def evaluation(self, budgets: Budgets) -> Phase:
+        """Sampling held-out prompts, fewer completions of more prompts than in training."""
+        return self._sampling("evaluation", budgets, self.evaluation_groups())
 
     def evaluation_groups(self) -> dict[int, int]:
         """Completions per prompt -> prompts sampled together, in evaluation and in centring the reward (grpo/assess.py)."""
@@ -127,13 +136,17 @@ class Run:
 
     def update(self, tokens: int) -> Phase:
         """Forward and backward through the policy, beside what the updater keeps to take a step back."""
-        piece = self._pass(tokens)
-        logits = terms.backward_logits(self.shape, self.numbers, piece.completion_tokens)
-        beside = self._after_layers(piece)
-        if self.config.gradient_checkpointing:  # without it all layers' tensors are there anyway
-            beside = max(beside, terms.kept_by_c_library(self.shape, self.config.lora, self.numbers, piece))
-        head = {ACTIVATIONS: self._kept_by_layers(piece) + beside, LOGITS: logits}
+        shape, numbers, piece, slopes = self.shape, self.numbers, self._pass(tokens), 1 + self._rewards_entropy
+        logits = terms.logits(shape, numbers, piece.completion_tokens, slopes)
+        read = self._after_layers(piece) + terms.rotary(shape, numbers, piece.tokens) + terms.kept_by_head(shape, piece, slopes)
+        head = {ACTIVATIONS: self._kept_by_layers(piece) + read, LOGITS: logits}
         return self._phase("update", terms.ADAPTER_COPIES + terms.UPDATE_COPIES, *self._backward(piece), head)
+
+    @property
+    def _rewards_entropy(self) -> bool:
+        """Whether an update may have to learn from the entropy too."""
+        kl, entropy = self.config.kl, self.config.entropy
+        return bool(kl.placement != "off" and kl.beta and entropy.threshold and entropy.max_alpha_ratio)
 
     def reward_training(self, tokens: int) -> Phase:
         """Bradley-Terry on pairs: a conversation and its two replies are never cut apart."""
@@ -154,29 +167,27 @@ class Run:
         held = {part: round(fixed.get(part, 0) + largest.get(part, 0)) for part in PARTS}
         return Phase(name, held)
 
-    def _sampling(self, name: str, kv_tokens: int, groups: Mapping[int, int]) -> Phase:
-        stages = [stage for group, prompts in groups.items() for stage in self._sampling_stages(group, prompts, kv_tokens)]
+    def _sampling(self, name: str, budgets: Budgets, groups: Mapping[int, int]) -> Phase:
+        stages = [stage for group, prompts in groups.items() for stage in self._sampling_stages(group, prompts, budgets)]
         return self._phase(name, terms.ADAPTER_COPIES, *stages)
 
-    def _sampling_stages(self, group: int, prompts: int, kv_tokens: int) -> list[Stage]:
+    def _sampling_stages(self, group: int, prompts: int, budgets: Budgets) -> list[Stage]:
         """Prefill; drawing a token for every row; a layer of the next token."""
         config, shape, numbers = self.config, self.shape, self.numbers
-        whole = prompts * (config.max_prompt_length + group * config.max_completion_length)
-        part = Pass.of(min(whole, kv_tokens), config.max_prompt_length, group, config.max_completion_length)
-        rows = part.prompts * part.group
-        prefill = self._forward(Pass(part.prompts, config.max_prompt_length, 0, config.max_completion_length))
-        scores = terms.decode_scores(shape, rows, config.max_prompt_length + config.max_completion_length)
-        repacked = 2 * part.prompt_tokens * shape.kv_width * numbers.bytes  # prompt keys and values in the order of a matrix product
-        draw = {LOGITS: terms.sampling(shape, config.sampling, numbers, rows)}
-        decode = {ACTIVATIONS: scores + repacked + terms.nf4_workspace(shape, numbers)}
+        room = Room.of(prompts, config.max_prompt_length, group, config.max_completion_length, budgets.kv_tokens)
+        held = dict(zip((SLIDING_KV, GLOBAL_KV), sampling.kv_cache(shape, numbers, room), strict=True))
+        rows, draw = sampling.rows(shape, numbers, room), sampling.drawing(shape, config, numbers, room)
+        decode = sampling.decoding(shape, numbers, room) + terms.nf4_workspace(shape, numbers)
+        # graphs keep what a step needs to themselves: it is there beside what a step without a graph, or a prefill, takes
+        graphs = max(draw, decode) if numbers.on_cuda else 0.0
+        # admitted as whole groups, read as many at a time as a pass may
+        new = Pass(max(1, min(room.rows // group, budgets.tokens // room.width)), room.width, 0, room.length)
+        prefill = max(self._forward(new)[ACTIVATIONS], self._beside_layers(new) + attention.prefill(shape, numbers, new.prompt_tokens))
         return [
-            {**self._kv(part.prompt_tokens), **prefill},
-            {**self._kv(part.tokens), **draw},
-            {**self._kv(part.tokens), **decode},
+            {**held, ACTIVATIONS: rows + prefill, LOGITS: graphs},
+            {**held, ACTIVATIONS: rows, LOGITS: graphs + draw},
+            {**held, ACTIVATIONS: rows + decode, LOGITS: graphs},
         ]
-
-    def _kv(self, tokens: float) -> Stage:
-        return dict(zip((SLIDING_KV, GLOBAL_KV), terms.kv_cache(self.shape, self.numbers, tokens), strict=True))
 
     def _pass(self, tokens: int, *, judged: bool = False) -> Pass:
         config = self.config
@@ -187,23 +198,31 @@ class Run:
         step = config.prompts_per_step * (config.max_prompt_length + group * length)
         return Pass.of(min(tokens, step), config.max_prompt_length, group, length)
 
-    def _forward(self, piece: Pass) -> Stage:
+    def _beside_layers(self, piece: Pass) -> float:
+        """What is there while any layer computes: positions, masks, and an unpacked linear layer."""
         shape, numbers = self.shape, self.numbers
-        return {ACTIVATIONS: terms.layer_forward(shape, self.config.lora, numbers, piece) + terms.nf4_workspace(shape, numbers)}
+        shared = terms.rotary(shape, numbers, piece.tokens) + attention.masks(shape, numbers, piece)
+        return shared + terms.nf4_workspace(shape, numbers)
+
+    def _forward(self, piece: Pass) -> Stage:
+        """The most a layer holds while computing forward: in its attention or in its feed-forward half."""
+        shape, numbers = self.shape, self.numbers
+        layer = max(attention.forward(shape, numbers, piece), terms.mlp_forward(shape, self.config.lora, numbers, piece))
+        return {ACTIVATIONS: self._beside_layers(piece) + layer}
 
     def _head(self, piece: Pass) -> Stage:
         """Log-probabilities from the hidden states, without gradients."""
-        logits = terms.forward_logits(self.shape, self.numbers, piece.completion_tokens)
+        logits = terms.logits(self.shape, self.numbers, piece.completion_tokens, 0)
         return {ACTIVATIONS: self._after_layers(piece), LOGITS: logits}
 
     def _after_layers(self, piece: Pass) -> float:
-        return terms.last_hidden(self.shape, self.numbers, piece) + terms.rotary(self.shape, self.numbers, piece.tokens)
+        return terms.last_hidden(self.shape, self.numbers, piece) + attention.masks(self.shape, self.numbers, piece)
 
     def _saved(self, piece: Pass, *, layer_input: bool) -> tuple[float, float]:
         """What one layer keeps: its attention, and the rest."""
         shape, lora, numbers = self.shape, self.config.lora, self.numbers
         rest = terms.saved_mlp(shape, lora, numbers, piece) + terms.saved_norms(shape, numbers, piece, layer_input=layer_input)
-        return terms.saved_attention(shape, lora, numbers, piece), rest
+        return attention.saved(shape, lora, numbers, piece), rest
 
     def _kept_by_layers(self, piece: Pass) -> float:
         """What all layers keep between forward and backward: their inputs alone, or all that they saved."""
@@ -215,13 +234,13 @@ class Run:
         """A layer computed forward; then backward through its last norm, its feed-forward half and its attention."""
         shape, lora, numbers = self.shape, self.config.lora, self.numbers
         kept = self._kept_by_layers(piece)
-        held = kept + terms.rotary(shape, numbers, piece.tokens) + terms.nf4_workspace(shape, numbers)
+        held = kept + self._beside_layers(piece)
         # checkpointed, one layer's saved tensors come on top; else the last layer's are among those kept
-        attention, rest = self._saved(piece, layer_input=False) if self.config.gradient_checkpointing else (0.0, 0.0)
+        saved, rest = self._saved(piece, layer_input=False) if self.config.gradient_checkpointing else (0.0, 0.0)
         freed = 0.0 if self.config.gradient_checkpointing else terms.saved_mlp(shape, lora, numbers, piece)
         return [
             {ACTIVATIONS: kept + self._forward(piece)[ACTIVATIONS]} if self.config.gradient_checkpointing else {ACTIVATIONS: held},
-            {ACTIVATIONS: held + attention + rest + terms.norm_backward(shape, numbers, piece)},
-            {ACTIVATIONS: held + attention + rest + terms.mlp_backward(shape, lora, numbers, piece)},
-            {ACTIVATIONS: held + attention - freed + terms.attention_backward(shape, numbers, piece)},
+            {ACTIVATIONS: held + saved + rest + terms.norm_backward(shape, numbers, piece)},
+            {ACTIVATIONS: held + saved + rest + terms.mlp_backward(shape, lora, numbers, piece)},
+            {ACTIVATIONS: held + saved - freed + attention.backward(shape, numbers, piece)},
         ]

@@ -7,7 +7,7 @@ keys and values that may be held allow, and the same completions whatever that i
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -120,11 +120,17 @@ class _Rollout:
             if free == 0:
                 break
             new.append(self.waiting.popleft())
-        if new_prompts:
-            self.slots += new_prompts
-            self.running.prefill(_prompts_alone([self.prompts[prompt] for prompt in new_prompts]))
+        for some in self._in_passes(new_prompts):
+            self.slots += some
+            self.running.prefill(_prompts_alone([self.prompts[prompt] for prompt in some]))
         if new:
             self.running.start(new, [self.slots.index(number // self.size) for number in new], self.keys[new])
+
+    def _in_passes(self, prompts: Sequence[int]) -> Iterator[Sequence[int]]:
+        """As many prompts at a time as the model's token budget allows."""
+        tokens = self.engine.model.budget.tokens
+        size = max(1, len(prompts) if tokens is None else tokens // self.room.width)
+        return (prompts[start : start + size] for start in range(0, len(prompts), size))
 
     def _collect(self) -> None:
         """Finished completions out of the batch, and prompts that nobody reads any more."""

@@ -1,0 +1,111 @@
+"""What attention takes at a time, in bytes: scores exist for one block of queries at a time, as model/grouped.py cuts them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gemma_grpo.config.schema import LoraSettings
+from gemma_grpo.planner.terms import Numbers, Pass, lora_inputs
+from gemma_grpo.shapes import ModelShape
+
+BLOCK_SCORES = {"cpu": 2**21, "cuda": 2**26}
+"""model/grouped.py makes so many scores at a time, of all heads together."""
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Sequences of one length behind the same tokens, as they are cut: the last block, which is the largest, and how many there are."""
+
+    sequences: float
+    """Of one block."""
+    queries: int
+    """Of each sequence."""
+    keys: int
+    """That each sequence's queries read."""
+    own: int
+    """Of these, the sequence's own."""
+    mean_keys: float
+    """Of all blocks."""
+    count: float
+
+    @property
+    def rows(self) -> float:
+        """Queries of one block."""
+        return self.sequences * self.queries
+
+
+def masks(shape: ModelShape, numbers: Numbers, piece: Pass) -> float:
+    """One for each block of both kinds of layer, float32, for all heads and sequences; kept for the whole pass."""
+    each = [cut.count * cut.queries * cut.mean_keys for window in _windows(shape) for cut in _cuts(shape, numbers, piece, window)]
+    return 4 * piece.prompts * sum(each)
+
+
+def saved(shape: ModelShape, lora: LoraSettings, numbers: Numbers, piece: Pass) -> float:
+    """What one layer's attention keeps for its backward pass, without the layer's input.
+
+    Adapter inputs; queries and keys before their norm (float32), rotated, and values. No scores, and no output.
+    """
+    query, kv = shape.query_width, shape.kv_width
+    per_token = lora_inputs(shape, lora, numbers, {"q_proj", "k_proj", "v_proj", "o_proj"})
+    return (per_token + 4 * (query + kv) + numbers.bytes * (query + 2 * kv)) * piece.tokens
+
+
+def forward(shape: ModelShape, numbers: Numbers, piece: Pass) -> float:
+    """Stream, embedding and normed input; queries and output, keys and values; the scores of a block, in two parts and joined, beside
+    the weights of the block before."""
+    packed = 3 * shape.hidden_size + 2 * shape.query_width + 2 * shape.kv_width
+    return numbers.bytes * packed * piece.tokens + _block(shape, numbers, piece, score_bytes=3 * 4, rows=2)
+
+
+def prefill(shape: ModelShape, numbers: Numbers, prompt_tokens: float) -> float:
+    """Before a prompt's attention: keys and values as rectangles for the cache, the last of them three times."""
+    return numbers.bytes * (3 * shape.hidden_size + shape.query_width + 6 * shape.kv_width) * prompt_tokens
+
+
+def backward(shape: ModelShape, numbers: Numbers, piece: Pass) -> float:
+    """Gradients of stream and output; float32 sums of those of queries, keys and values, beside a block or once more in 16 bits.
+
+    Four copies of a block's scores: weights, their gradient in two parts and joined, and that of the scores.
+    """
+    packed, size = shape.query_width + 2 * shape.kv_width, numbers.bytes
+    gradients = size * (shape.hidden_size + shape.query_width) + 4 * packed
+    short = size == 2
+    block = _block(shape, numbers, piece, score_bytes=4 * 4 + 2 * short, rows=2)
+    return gradients * piece.tokens + max(block, 2 * packed * piece.tokens * short)
+
+
+def _block(shape: ModelShape, numbers: Numbers, piece: Pass, score_bytes: int, rows: int) -> float:
+    """The largest block: its scores, its queries or gradients of the output `rows` times, and its sequences' own keys and values."""
+    most = 0.0
+    for window in _windows(shape):
+        for cut in _cuts(shape, numbers, piece, window):
+            states = rows * shape.query_width * cut.rows + 2 * shape.kv_width * cut.sequences * cut.own
+            most = max(most, score_bytes * shape.num_heads * cut.rows * cut.keys + numbers.bytes * states)
+    return most
+
+
+def _windows(shape: ModelShape) -> list[int | None]:
+    """Of the kinds of layer that there are; None sees everything."""
+    return [None] * bool(shape.num_global_layers) + [shape.sliding_window] * bool(shape.num_sliding_layers)
+
+
+def _cuts(shape: ModelShape, numbers: Numbers, piece: Pass, window: int | None) -> list[_Blocks]:
+    """Of one prompt, and of its completions."""
+    limit = BLOCK_SCORES["cuda" if numbers.on_cuda else "cpu"] // shape.num_heads
+    found = [_cut(1, piece.prompt_length, 0, window, limit)]
+    if piece.group and piece.completion_length:
+        found.append(_cut(piece.group, piece.completion_length, piece.prompt_length, window, limit))
+    return found
+
+
+def _cut(sequences: float, length: int, before: int, window: int | None, limit: int) -> _Blocks:
+    """As model/grouped.py does: as many sequences together as the limit allows, then as many queries of each."""
+    reached = before if window is None else min(before, window - 1)
+    together = min(sequences, max(1, limit // (length * (reached + length))))
+    parts = math.ceil(length / max(1, int(limit / (together * (reached + length)))))
+    queries = math.ceil(length / parts)
+    seen = before + length if window is None else queries + window - 1
+    mean = before + length * (parts + 1) / (2 * parts)
+    keys, own = min(before + length, seen), min(length, seen)
+    return _Blocks(together, queries, keys, own, min(mean, seen), math.ceil(sequences / together) * parts)
