@@ -1,4 +1,4 @@
-"""What is run: how long every prompt and completion is, the same on both sides. Imports neither side's libraries.
+"""What is run: how long every prompt and completion is, the same on both sides. Imports neither side's packages.
 
 Completions run to given lengths: a logits processor forbids the stop tokens until the last token, and then allows the stop token alone.
 """
@@ -8,15 +8,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from bench.lengths import read_lengths
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 EOS, END_OF_TURN = 1, 106
-STOPS = (EOS, END_OF_TURN)
 BOS_TEXT = "<bos>"
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 WORKLOADS = {
@@ -117,9 +116,9 @@ def force_lengths(logits: Tensor, positions: Tensor, lengths: Tensor, limit: int
 
     A row as long as `limit` is cut by the limit, not by a stop token. Rows beyond their end are left as they are.
     """
-    logits[:, list(STOPS)] = float("-inf")
-    ending = (positions == lengths - 1) & (lengths < limit)
-    if ending.any():
-        logits[ending] = float("-inf")
-        logits[ending, END_OF_TURN] = 0.0
+    ending = (positions == lengths - 1) & (lengths < limit)  # (B,)
+    # no look at a value: on a GPU that would wait for it at every token
+    logits.masked_fill_(ending[:, None], float("-inf"))
+    logits[:, EOS] = float("-inf")
+    logits[:, END_OF_TURN] = torch.where(ending, 0.0, float("-inf"))
     return logits
