@@ -83,8 +83,9 @@ class Reading:
         self.cache.keep_rows(order)
         self.rows = [self.rows[index] for index in order]
         prompts = _settled([slot for slot, prompt in enumerate(self.slots) if any(row.prompt == prompt for row in self.rows)])
-        self.cache.keep_prompts(prompts)
-        self.slots = [self.slots[slot] for slot in prompts]
+        if len(prompts) < len(self.slots):
+            self.cache.keep_prompts(prompts)
+            self.slots = [self.slots[slot] for slot in prompts]
 
 
 def _settled(kept: list[int]) -> list[int]:
