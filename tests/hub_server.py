@@ -26,8 +26,7 @@ SECRET = "hf_aSecretThatNobodyMaySee"
 
 VISITOR = "Access to {kind} {repo} is restricted. You must have access to it and be authenticated to access it. Please log in."
 UNLISTED = (
-    "Access to {kind} {repo} is restricted and you are not in the authorized list. "
-    "Visit https://huggingface.co/{repo} to ask for access."
+    "Access to {kind} {repo} is restricted and you are not in the authorized list. Visit https://huggingface.co/{repo} to ask for access."
 )
 PENDING = "Your request to access {kind} {repo} is awaiting a review from the repo authors."
 NO_SCOPE = "Please enable access to public gated repositories in your fine-grained token settings to view this repository."

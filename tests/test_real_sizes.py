@@ -67,4 +67,3 @@ def peak_of(*words: str) -> int:
     """Largest resident size of one command, measured by a parent that has no other children."""
     done = subprocess.run([sys.executable, "-c", CHILD, *words], capture_output=True, text=True, check=True)
     return int(done.stdout)
-

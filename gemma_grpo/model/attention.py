@@ -54,7 +54,7 @@ def grouped_attention(
         )
         return plain[0], None
     if dropout:
-        raise ValueError(f"the model's attention_dropout is {dropout}; grouped attention has none, as Gemma 3's. Set it to 0 in its config.")
+        raise ValueError(f"the model's attention_dropout is {dropout}; grouped attention has none, as Gemma 3. Set it to 0 in its config.")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     return layout.attend(layer, query, key, value, scaling=scaling, window=sliding_window), None
 

@@ -69,7 +69,15 @@ class DecodeCache:
     """Room for so many prompts and rows (completions being sampled). A row reads its prompt's keys and its own."""
 
     def __init__(
-        self, windows: Sequence[int | None], *, heads: tuple[int, int], prompts: int, prompt_width: int, rows: int, length: int, like: Tensor
+        self,
+        windows: Sequence[int | None],
+        *,
+        heads: tuple[int, int],
+        prompts: int,
+        prompt_width: int,
+        rows: int,
+        length: int,
+        like: Tensor,
     ) -> None:
         """`windows` by layer, None for global ones; `heads` is (key heads, size of one); `like` gives dtype and device."""
         sizes = (prompts, prompt_width, rows, length)

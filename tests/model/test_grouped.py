@@ -25,12 +25,17 @@ def dense(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scaling: f
 
 def who_reads_whom(prompts: list[int], completions: list[list[int]], window: int | None) -> Tensor:
     """[T T] over the packed row, from who each token is and its position: its own sequence's tokens, and its prompt's."""
-    owner, prompt, position = [], [], []
+    owner: list[int] = []
+    prompt: list[int] = []
+    position: list[int] = []
     for n, length in enumerate(prompts):
-        owner, prompt, position = owner + [n] * length, prompt + [n] * length, position + [*range(length)]
+        owner += [n] * length
+        prompt += [n] * length
+        position += range(length)
     for n, group in enumerate(completions):
         for g, length in enumerate(group):
-            owner, prompt = owner + [100 * (n + 1) + g] * length, prompt + [n] * length
+            owner += [100 * (n + 1) + g] * length
+            prompt += [n] * length
             position += range(prompts[n], prompts[n] + length)
     owners, prompt_of, positions = torch.tensor(owner), torch.tensor(prompt), torch.tensor(position)
     related = (owners[:, None] == owners) | (prompt_of[:, None] == owners)
