@@ -28,7 +28,7 @@ from gemma_grpo.reward.functions import FunctionReward
 from gemma_grpo.rollout.local import LocalEngine
 from gemma_grpo.types import Prompt
 
-ADAPTER_SPREAD = 0.02
+ADAPTER_SPREAD = 0.04
 """Standard deviation of both factors of the adapter: neither is 0, so that policy and reference differ and both have a gradient."""
 
 
