@@ -16,6 +16,7 @@ from live_bytes import LiveBytes
 from gemma_grpo.config import GRPOConfig, LoraSettings, build_config
 from gemma_grpo.data.batch import GroupBatch, pad_groups
 from gemma_grpo.grpo.step import sampling_params
+from gemma_grpo.model.decode import decode_cache
 from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.model.grouped import BLOCK_SCORES
 from gemma_grpo.model.logprobs import TILE, completion_logprobs
@@ -139,6 +140,17 @@ def test_an_update_holds_what_is_planned(
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_an_update_of_many_heads_holds_what_is_planned(new_gemma, clean, kind: str) -> None:
+    model = new_gemma(dtype=DTYPES[kind], intermediate_size=64, moved=0.01, **{**WIDE, "num_attention_heads": 16})
+    clean.append(model)
+    model.enable_gradient_checkpointing()
+    run = run_of(model, kind, max_prompt_length=32, num_generations=4, max_completion_length=32)
+    batch = full_batch(run.config, 2, 363)
+    planned, held = beside_weights(run.update(tokens_of(run.config, 2))), measured(model, batch, learning(model, batch))
+    assert held == pytest.approx(planned, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
 @pytest.mark.parametrize("tokens", [100, 340, 600])
 def test_logits_are_held_a_tile_at_a_time(new_gemma, clean, kind: str, tokens: int) -> None:
     model = new_gemma(dtype=DTYPES[kind], vocab_size=12_000, intermediate_size=32, **NARROW)
@@ -245,15 +257,28 @@ def test_a_rollout_holds_what_is_planned(
     assert beside_weights(run.rollout(budgets)) == pytest.approx(held, rel=0.06)
 
 
-@pytest.mark.parametrize("sizes", [WIDE_WINDOW, NARROW_WINDOW])
-def test_rows_that_end_early_are_moved_without_a_second_copy_of_keys_and_values(new_gemma, sizes: dict[str, Any]) -> None:
-    model = new_gemma(**sizes)
+def test_rows_that_end_early_make_room_for_others_within_what_is_planned(new_gemma) -> None:
+    model = new_gemma(**NARROW_WINDOW)
     lengths = {"max_prompt_length": 40, "num_generations": 8, "max_completion_length": 64}
     run = run_of(model, "fp32", **lengths, batch_size=8, gradient_accumulation_steps=1)
     kv_tokens = 2 * (40 + 8 * 64) + 3 * 40
     for pace in (EVERY_TOKEN, IN_BURSTS):
         held = measured(model, None, rollout(model, run, kv_tokens=kv_tokens, stop_ids=OFTEN, pace=pace))
         assert held == pytest.approx(beside_weights(run.rollout(Budgets(10_000, kv_tokens))), rel=0.06)
+
+
+def test_rows_move_a_layer_at_a_time(new_gemma) -> None:
+    model = new_gemma(**WIDE_WINDOW)
+    with LiveBytes() as live:
+        cache = decode_cache(model, prompts=1, prompt_width=8, rows=16, length=32)
+        cache.prefilling(torch.tensor([8]))
+        cache.add_rows([0] * 16)
+        for _ in range(32):
+            cache.advance()
+        before = live.peak = live.live
+        cache.keep_rows(range(15, 7, -1))
+    # eight rows of 32 tokens: the keys, or the values, of one of three layers
+    assert live.peak - before == pytest.approx(8 * 32 * 4 * 128 * 4, rel=0.01)
 
 
 @given(st.integers(1, 20), st.integers(1, 300), st.integers(1, 12), st.integers(1, 300), st.integers(1, 40_000))

@@ -64,15 +64,17 @@ def prefill(shape: ModelShape, numbers: Numbers, prompt_tokens: float) -> float:
 
 
 def backward(shape: ModelShape, numbers: Numbers, piece: Pass) -> float:
-    """Gradients of stream and output; float32 sums of those of queries, keys and values, beside a block or once more in 16 bits.
+    """Gradients beyond what attention saved: while a block's scores are there, while the sums of all blocks are rounded to 16 bits, or
+    in the queries' norm, when what was saved of queries, keys and values after it is gone.
 
     Four copies of a block's scores: weights, their gradient in two parts and joined, and that of the scores.
     """
-    packed, size = shape.query_width + 2 * shape.kv_width, numbers.bytes
-    gradients = size * (shape.hidden_size + shape.query_width) + 4 * packed
-    short = size == 2
+    hidden, query, kv, size, short = shape.hidden_size, shape.query_width, shape.kv_width, numbers.bytes, numbers.bytes == 2
+    sums = size * (hidden + query) + 4 * (query + 2 * kv)  # beside the gradients of stream and output
+    rounded = sums + 2 * (query + 2 * kv) * short
+    norm = size * (hidden - query) + 4 * (5 * query - kv)
     block = _block(shape, numbers, piece, score_bytes=4 * 4 + 2 * short, rows=2)
-    return gradients * piece.tokens + max(block, 2 * packed * piece.tokens * short)
+    return max(sums * piece.tokens + block, max(rounded, norm) * piece.tokens)
 
 
 def _block(shape: ModelShape, numbers: Numbers, piece: Pass, score_bytes: int, rows: int) -> float:

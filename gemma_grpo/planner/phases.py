@@ -237,10 +237,11 @@ class Run:
         held = kept + self._beside_layers(piece)
         # checkpointed, one layer's saved tensors come on top; else the last layer's are among those kept
         saved, rest = self._saved(piece, layer_input=False) if self.config.gradient_checkpointing else (0.0, 0.0)
-        freed = 0.0 if self.config.gradient_checkpointing else terms.saved_mlp(shape, lora, numbers, piece)
+        mlp, norm = terms.saved_mlp(shape, lora, numbers, piece), terms.first_norm(shape, numbers, piece)
+        left = held + saved + norm if self.config.gradient_checkpointing else held - mlp
         return [
             {ACTIVATIONS: kept + self._forward(piece)[ACTIVATIONS]} if self.config.gradient_checkpointing else {ACTIVATIONS: held},
             {ACTIVATIONS: held + saved + rest + terms.norm_backward(shape, numbers, piece)},
             {ACTIVATIONS: held + saved + rest + terms.mlp_backward(shape, lora, numbers, piece)},
-            {ACTIVATIONS: held + saved - freed + attention.backward(shape, numbers, piece)},
+            {ACTIVATIONS: left + attention.backward(shape, numbers, piece)},
         ]

@@ -157,6 +157,11 @@ def saved_norms(shape: ModelShape, numbers: Numbers, piece: Pass, *, layer_input
     return count * 4 * shape.hidden_size * piece.tokens
 
 
+def first_norm(shape: ModelShape, numbers: Numbers, piece: Pass) -> float:
+    """What is left of them while attention goes backward: in 16 bits the first one's copy."""
+    return 4 * shape.hidden_size * piece.tokens if numbers.bytes == 2 else 0
+
+
 def norm_backward(shape: ModelShape, numbers: Numbers, piece: Pass) -> float:
     """Gradients in a layer's last norm, while everything it saved is still there (measured: 5.7 of them, all float32)."""
     return 5.7 * 4 * shape.hidden_size * piece.tokens if numbers.bytes == 2 else 0
