@@ -1,7 +1,7 @@
 """Grouped attention: a prompt is computed once, its G completions beside it.
 
 Registered through transformers' AttentionInterface, so that PEFT, checkpointing and quantised layers keep working. The linear
-layers see the real tokens packed into one row (all prompts, then all completions); only here they become rectangles.
+layers see the real tokens packed into one row (all prompts, then all completions), and attention reads that row too (grouped.py).
 The sliding window is computed from *positions*: flat indices of a packed row are silently wrong by 0.4 nats.
 Owns the layouts a forward pass can have; not the padding (data/batch.py).
 """
@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -104,7 +104,7 @@ class GroupLayout:
         """Prompts among themselves; each completion to [its prompt ; itself]."""
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, heads, D)
         if self.keep_prompt_kv is not None:
-            self.keep_prompt_kv(layer, *(_unpack(states[: self.num_prompt_tokens], self.batch.prompt_mask) for states in (k, v)))
+            self.keep_prompt_kv(layer, *(self._unpacked(states[: self.num_prompt_tokens]) for states in (k, v)))
         if window not in self._blocks:
             self._blocks[window] = blocks_of(*self._lengths, window, q.device, limit=block_limit(q.shape[1], q.device))
         out: Tensor = PackedAttention.apply(q, k, v, self._blocks[window], scaling)  # type: ignore[no-untyped-call]
@@ -117,12 +117,15 @@ class GroupLayout:
         completions: list[list[int]] = self.batch.completion_mask.sum(-1).tolist()
         return prompts, [[length for length in group if length] for group in completions]
 
+    @cached_property
+    def _prompt_places(self) -> Int[Tensor, " T"]:
+        return self.batch.prompt_mask.flatten().nonzero()[:, 0]
+
+    def _unpacked(self, states: Float[Tensor, "T H D"]) -> Float[Tensor, "N H P D"]:
+        """The prompts' tokens as a rectangle again; zeros on padding."""
+        mask = self.batch.prompt_mask
+        padded = states.new_zeros((mask.numel(), *states.shape[1:])).index_copy(0, self._prompt_places, states)
+        return padded.view(*mask.shape, *states.shape[1:]).transpose(1, 2)
+
     def _pack(self, prompts: Tensor, completions: Tensor) -> Tensor:
         return torch.cat([prompts[self.batch.prompt_mask], completions[self.batch.completion_mask]])[None]
-
-
-def _unpack(states: Float[Tensor, "T H D"], mask: Bool[Tensor, "B L"]) -> Float[Tensor, "B H L D"]:
-    """Packed real tokens back into a rectangle; zeros on padding."""
-    slots = mask.flatten().nonzero()[:, 0]
-    padded = states.new_zeros((mask.numel(), *states.shape[1:])).index_copy(0, slots, states)
-    return padded.view(*mask.shape, *states.shape[1:]).transpose(1, 2)
