@@ -38,27 +38,35 @@ class Sequences:
     """Packed index of the first sequence's first token."""
     lengths: tuple[int, ...]
 
-    def rows(self, width: int) -> tuple[Int[Tensor, "S W"], Bool[Tensor, "S W"]]:
-        """Packed index of each token in a rectangle, and which of its places are real; on the host."""
-        lengths, columns = torch.tensor(self.lengths), torch.arange(width)
+    def rows(self, first: int, last: int) -> tuple[Int[Tensor, "S W"], Bool[Tensor, "S W"]]:
+        """Packed index of tokens `first` to `last` of each in a rectangle, and which of its places are real; on the host."""
+        lengths, columns = torch.tensor(self.lengths), torch.arange(first, last)
         return self.first + (lengths.cumsum(0) - lengths)[:, None] + columns, columns < lengths[:, None]
+
+    def follow(self, first: int, last: int) -> bool:
+        """Whether the real tokens of that rectangle fill it and stand one after the other."""
+        return min(self.lengths) >= last and (len(self.lengths) == 1 or (first == 0 and max(self.lengths) == last))
+
+
+Masks = dict[tuple[int, ...], Tensor]
+"""Blocks with as many keys and queries in the same places share a mask."""
 
 
 class Block:
-    """Queries `first` to `last` of each of some sequences. Keys: the shared ones before the sequences, and each one's own so far."""
+    """Some queries of each of some sequences. Keys: the shared ones before the sequences, and each one's own so far."""
 
-    def __init__(self, sequences: Sequences, first: int, last: int, window: int | None, device: torch.device) -> None:
+    def __init__(self, sequences: Sequences, queries: slice, window: int | None, device: torch.device, masks: Masks) -> None:
+        first, last = queries.start, queries.stop
         reach = 0 if window is None else window - 1
         oldest = 0 if window is None else max(0, sequences.before + first - reach)
         own = 0 if window is None else max(0, first - reach)  # the first own key that any of these queries sees
         self.shared = slice(sequences.start + min(oldest, sequences.before), sequences.start + sequences.before)
-        rows, real = sequences.rows(last)
-        rows = torch.where(real, rows, sequences.first)  # padding stands on a token that is there
         self.shape = (len(sequences.lengths), last - first)
-        self.queries, self.keys = (_Rows(rows[:, column:], real[:, column:], device) for column in (first, own))
-        positions = sequences.before + torch.arange(last, device=device)
-        before = torch.arange(sequences.before - (self.shared.stop - self.shared.start), sequences.before, device=device)
-        self.mask = _bias(positions[first:], torch.cat([before, positions[own:]]), window)
+        self.queries, self.keys = (_Rows(sequences, column, last, device) for column in (first, own))
+        place = (sequences.before, self.shared.stop - self.shared.start, first, last, own)
+        if place not in masks:
+            masks[place] = _bias(*place, window, device)
+        self.mask = masks[place]
 
     def scores(self, query: Float[Tensor, "K SQR D"], shared: Tensor, own: Tensor, rest: float) -> Float[Tensor, "K SQR P"]:
         """Masked scores, float32; query already carries the power of two in the scaling."""
@@ -89,12 +97,18 @@ class Block:
 class _Rows:
     """Places of a packed row as a rectangle [S, W]; a slice where they simply follow each other."""
 
-    def __init__(self, rows: Int[Tensor, "S W"], real: Bool[Tensor, "S W"], device: torch.device) -> None:
-        self.shape, flat = rows.shape, rows.flatten()
-        self.real = None if real.all() else real.flatten().nonzero()[:, 0].to(device)
-        self.padding = None if self.real is None else ~real.flatten().to(device)
-        follows = self.real is None and torch.equal(flat, torch.arange(int(flat[0]), int(flat[0]) + len(flat)))
-        self.places: slice | Tensor = slice(int(flat[0]), int(flat[-1]) + 1) if follows else flat.to(device)
+    def __init__(self, sequences: Sequences, first: int, last: int, device: torch.device) -> None:
+        self.shape = (len(sequences.lengths), last - first)
+        self.real: Tensor | None = None
+        self.padding: Tensor | None = None
+        start = sequences.first + first
+        self.places: slice | Tensor = slice(start, start + self.shape[0] * self.shape[1])
+        if not sequences.follow(first, last):
+            rows, real = sequences.rows(first, last)
+            # padding stands on a token that is there
+            self.places = torch.where(real, rows, sequences.first).flatten().to(device)
+            if not real.all():
+                self.real, self.padding = real.flatten().nonzero()[:, 0].to(device), ~real.flatten().to(device)
 
     def take(self, packed: Float[Tensor, "T H D"]) -> Float[Tensor, "SW H D"]:
         """The rectangle's rows; padding repeats a real one."""
@@ -131,11 +145,12 @@ def blocks_of(
     """Every query of the packed row [all prompts, all completions] in one block, none of more than `limit` scores of a head if it can be
     cut. Completions without tokens are left out of `completion_lengths`."""
     found: list[Block] = []
+    masks: Masks = {}
     start, first = 0, sum(prompt_lengths)
     for length, group in zip(prompt_lengths, completion_lengths, strict=True):
-        found += _cut(Sequences(start, 0, start, (length,)), window, limit, device)
+        found += _cut(Sequences(start, 0, start, (length,)), window, limit, device, masks)
         for some in _runs(group, length, window, limit):
-            found += _cut(Sequences(start, length, first, some), window, limit, device)
+            found += _cut(Sequences(start, length, first, some), window, limit, device, masks)
             first += sum(some)
         start += length
     return found
@@ -159,21 +174,25 @@ def _runs(lengths: Sequence[int], before: int, window: int | None, limit: int) -
         yield tuple(run)
 
 
-def _cut(sequences: Sequences, window: int | None, limit: int, device: torch.device) -> Iterator[Block]:
+def _cut(sequences: Sequences, window: int | None, limit: int, device: torch.device, masks: Masks) -> Iterator[Block]:
     """Blocks of as many queries as the limit allows."""
     longest = max(sequences.lengths)
     most = max(1, limit // (len(sequences.lengths) * max(1, _reached(sequences.before, window) + longest)))
     count = math.ceil(longest / most)
     for index in range(count):
-        yield Block(sequences, longest * index // count, longest * (index + 1) // count, window, device)
+        queries = slice(longest * index // count, longest * (index + 1) // count)
+        yield Block(sequences, queries, window, device, masks)
 
 
 def _reached(before: int, window: int | None) -> int:
     return before if window is None else min(before, window - 1)
 
 
-def _bias(queries: Int[Tensor, " Q"], keys: Int[Tensor, " Y"], window: int | None) -> Float[Tensor, "Q Y"]:
-    return torch.zeros(len(queries), len(keys), device=keys.device).masked_fill_(~within_window(queries, keys, window), -torch.inf)
+def _bias(before: int, shared: int, first: int, last: int, own: int, window: int | None, device: torch.device) -> Float[Tensor, "Q Y"]:
+    """0 or -inf for queries `first` to `last` after `before` tokens; keys are the latest `shared` of those, and own ones from `own` on."""
+    keys = torch.cat([torch.arange(before - shared, before), torch.arange(before + own, before + last)])
+    allowed = within_window(torch.arange(before + first, before + last), keys, window)
+    return torch.zeros(allowed.shape).masked_fill_(~allowed, -torch.inf).to(device)
 
 
 class PackedAttention(torch.autograd.Function):
