@@ -1,9 +1,8 @@
 """Peak memory of whole runs against the plan: `python -m bench.memory`, JSON out.
 
 On a CUDA card: the 4b shape, the reference configuration at 512 + 512 tokens with 8 completions, under a hard limit of 14.7 GiB, in
-bfloat16 and in rescaled float16, attention by the memory-efficient kernel only (the one that cards older than sm_80 have). Without one:
-the 270m shape at small size, float32. Random weights of the exact shape; prompts of the full length, completions that never stop.
-Each run is a process of its own, so that one's memory is not another's.
+bfloat16 and in rescaled float16. Without one: the 270m shape at small size, float32. Random weights of the exact shape; prompts of the
+full length, completions that never stop. Each run is a process of its own, so that one's memory is not another's.
 """
 
 from __future__ import annotations
@@ -15,14 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.random_checkpoint import write_checkpoint
 
@@ -52,16 +48,10 @@ def rows(count: int, prompt_length: int, dialogue_length: int) -> list[dict[str,
     return [{"chosen": f"{text} {'x' * (reply - 4)}", "rejected": f"{text} {'y' * (reply // 2)}"} for text in talk]
 
 
-@contextmanager
-def hard_limit(limit_gib: float | None) -> Iterator[None]:
+def limit_memory(limit_gib: float | None) -> None:
     """The allocator refuses what a smaller card would not have, context aside; on a CPU nothing is limited."""
-    if limit_gib is None or not torch.cuda.is_available():
-        yield
-        return
-    torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / torch.cuda.get_device_properties(0).total_memory)
-    # efficient attention alone: no flash, no cuDNN, as on a T4
-    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION]):
-        yield
+    if limit_gib is not None and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / torch.cuda.get_device_properties(0).total_memory)
 
 
 def run_once(size: str, precision: str, limit_gib: float | None, checkpoint: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -71,7 +61,8 @@ def run_once(size: str, precision: str, limit_gib: float | None, checkpoint: Pat
     on_cuda = torch.cuda.is_available()
     started = time.perf_counter()
     limit = {} if limit_gib is None else {"memory.limit_gib": limit_gib}
-    with tempfile.TemporaryDirectory() as folder, hard_limit(limit_gib):
+    limit_memory(limit_gib)
+    with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model_name=str(checkpoint),
             dataset=rows(80, settings["max_prompt_length"], settings["reward_model.max_length"]),
