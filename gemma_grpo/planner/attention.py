@@ -15,7 +15,7 @@ BLOCK_SCORES = {"cpu": 2**21, "cuda": 2**26}
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Sequences of one length behind the same tokens, as they are cut: the last block, which is the largest, and how many there are."""
+    """Sequences of one length behind the same tokens, as they are cut: the last block, which is the largest."""
 
     sequences: float
     """Of one block."""
@@ -26,8 +26,9 @@ class _Blocks:
     own: int
     """Of these, the sequence's own."""
     mean_keys: float
-    """Of all blocks."""
-    count: float
+    """Of a sequence's blocks."""
+    parts: int
+    """That each sequence's queries are cut into."""
 
     @property
     def rows(self) -> float:
@@ -36,9 +37,12 @@ class _Blocks:
 
 
 def masks(shape: ModelShape, numbers: Numbers, piece: Pass) -> float:
-    """One for each block of both kinds of layer, float32, for all heads and sequences; kept for the whole pass."""
-    each = [cut.count * cut.queries * cut.mean_keys for window in _windows(shape) for cut in _cuts(shape, numbers, piece, window)]
-    return 4 * piece.prompts * sum(each)
+    """One for each part of a prompt and of a completion, in both kinds of layer, float32; kept for the whole pass.
+
+    Counted for groups of the same lengths, which share them; others each have their own, which is little beside their tokens.
+    """
+    each = [cut.parts * cut.queries * cut.mean_keys for window in _windows(shape) for cut in _cuts(shape, numbers, piece, window)]
+    return 4 * sum(each)
 
 
 def saved(shape: ModelShape, lora: LoraSettings, numbers: Numbers, piece: Pass) -> float:
@@ -110,4 +114,4 @@ def _cut(sequences: float, length: int, before: int, window: int | None, limit: 
     seen = before + length if window is None else queries + window - 1
     mean = before + length * (parts + 1) / (2 * parts)
     keys, own = min(before + length, seen), min(length, seen)
-    return _Blocks(together, queries, keys, own, min(mean, seen), math.ceil(sequences / together) * parts)
+    return _Blocks(together, queries, keys, own, min(mean, seen), parts)
