@@ -25,8 +25,6 @@ CHECKED_MODULES = [
     "gemma_grpo.grpo.step",
     "gemma_grpo.model.attention",
     "gemma_grpo.model.decode",
-    "gemma_grpo.model.grouped",
-    "gemma_grpo.model.kv_cache",
     "gemma_grpo.model.logprobs",
     "gemma_grpo.model.precision",
     "gemma_grpo.reward.generative",

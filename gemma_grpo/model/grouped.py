@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from gemma_grpo.model.precision import float32_product
 
 BLOCK_SCORES = {"cpu": 2**21, "cuda": 2**26}
 """Scores of one block, all heads: float32 of them and three more copies live at a time (on a CPU they should stay in its cache)."""
+TOGETHER = 2**14
+"""Scores of a head up to which several prompts, or groups, share a block: so few cost less than starting another one, padded or not."""
 
 
 def within_window(query_positions: Int[Tensor, "*b Q"], key_positions: Int[Tensor, "*b K"], window: int | None) -> Bool[Tensor, "*b Q K"]:
@@ -30,10 +33,13 @@ def within_window(query_positions: Int[Tensor, "*b Q"], key_positions: Int[Tenso
 
 @dataclass(frozen=True)
 class Sequences:
-    """Consecutive sequences of a packed row that follow the same `before` tokens, which stand from `start` on."""
+    """Consecutive sequences of a packed row, in one or more families of as many each that follow `before` tokens of their own.
+
+    Those tokens, family after family, stand from `start` on."""
 
     start: int
     before: int
+    families: int
     first: int
     """Packed index of the first sequence's first token."""
     lengths: tuple[int, ...]
@@ -60,17 +66,19 @@ class Block:
         reach = 0 if window is None else window - 1
         oldest = 0 if window is None else max(0, sequences.before + first - reach)
         own = 0 if window is None else max(0, first - reach)  # the first own key that any of these queries sees
-        self.shared = slice(sequences.start + min(oldest, sequences.before), sequences.start + sequences.before)
+        self.families, self.before = sequences.families, sequences.before
+        self.width = max(0, sequences.before - oldest)
+        self.shared = slice(sequences.start, sequences.start + sequences.families * sequences.before)
         self.shape = (len(sequences.lengths), last - first)
         self.queries, self.keys = (_Rows(sequences, column, last, device) for column in (first, own))
-        place = (sequences.before, self.shared.stop - self.shared.start, first, last, own)
+        place = (sequences.before, self.width, first, last, own)
         if place not in masks:
             masks[place] = _bias(*place, window, device)
         self.mask = masks[place]
 
     def scores(self, query: Float[Tensor, "K SQR D"], shared: Tensor, own: Tensor, rest: float) -> Float[Tensor, "K SQR P"]:
         """Masked scores, float32; query already carries the power of two in the scaling."""
-        parts = [float32_product(query, shared.transpose(1, 2)), self.by_sequence(query, own.transpose(1, 2))]
+        parts = [by_part(query, shared.transpose(1, 2)), by_part(query, own.transpose(1, 2))]
         scores = torch.cat(parts, -1)
         if rest != 1.0:
             scores *= rest
@@ -78,20 +86,38 @@ class Block:
         scores.view(len(query), self.shape[0], self.shape[1], -1, scores.shape[-1]).add_(self.mask[:, None])
         return scores
 
-    def by_sequence(self, rows: Float[Tensor, "K SQR X"], own: Float[Tensor, "KS X Y"]) -> Float[Tensor, "K SQR Y"]:
-        """Each sequence's rows times its own matrix."""
-        return float32_product(rows.unflatten(1, (self.shape[0], -1)).flatten(0, 1), own).view(len(rows), rows.shape[1], -1)
-
     def read(self, weights: Float[Tensor, "K SQR P"], shared: Tensor, own: Tensor) -> Float[Tensor, "K SQR D"]:
         """Weighted sums over both parts, float32."""
-        width = shared.shape[1]
-        return float32_product(weights[..., :width], shared).add_(self.by_sequence(weights[..., width:], own))
+        return by_part(weights[..., : self.width], shared).add_(by_part(weights[..., self.width :], own))
 
-    def spread(self, weights: Float[Tensor, "K SQR P"], rows: Float[Tensor, "K SQR D"], shared: int) -> tuple[Tensor, Tensor]:
-        """The transpose of `read`: what each key receives, shared [K P D] and own [KS Y D]."""
-        own = weights[..., shared:].unflatten(1, (self.shape[0], -1)).flatten(0, 1)
-        by_sequence = rows.unflatten(1, (self.shape[0], -1)).flatten(0, 1)
-        return float32_product(weights[..., :shared].transpose(1, 2), rows), float32_product(own.transpose(1, 2), by_sequence)
+    def spread(self, weights: Float[Tensor, "K SQR P"], rows: Float[Tensor, "K SQR D"]) -> tuple[Tensor, Tensor]:
+        """The transpose of `read`: what each key receives, shared [KF P D] and own [KS Y D]."""
+        parts = ((weights[..., : self.width], self.families), (weights[..., self.width :], self.shape[0]))
+        shared, own = (float32_product(_parted(part, count).transpose(1, 2), _parted(rows, count)) for part, count in parts)
+        return shared, own
+
+    def take_shared(self, packed: Float[Tensor, "T K D"]) -> Float[Tensor, "KF P D"]:
+        """The keys or values before the sequences that their queries reach."""
+        rows: Tensor = self._reached(packed).permute(2, 0, 1, 3).flatten(0, 1)
+        return rows
+
+    def add_shared(self, rows: Float[Tensor, "KF P D"], into: Float[Tensor, "T K D"]) -> None:
+        """Add rows to where take_shared took them from."""
+        self._reached(into).add_(rows.unflatten(0, (-1, self.families)).permute(1, 2, 0, 3))
+
+    def _reached(self, packed: Float[Tensor, "T K D"]) -> Float[Tensor, "F P K D"]:
+        families: Tensor = packed[self.shared].unflatten(0, (self.families, self.before))
+        return families[:, self.before - self.width :]
+
+
+def by_part(rows: Float[Tensor, "K N X"], matrices: Float[Tensor, "KF X Y"]) -> Float[Tensor, "K N Y"]:
+    """The rows in as many equal parts as there are matrices for each head, each times its own one; float32."""
+    return float32_product(_parted(rows, len(matrices) // len(rows)), matrices).view(len(rows), rows.shape[1], -1)
+
+
+def _parted(rows: Float[Tensor, "K N X"], parts: int) -> Float[Tensor, "KF n X"]:
+    parted: Tensor = rows.unflatten(1, (parts, -1)).flatten(0, 1)
+    return parted
 
 
 class _Rows:
@@ -147,13 +173,33 @@ def blocks_of(
     found: list[Block] = []
     masks: Masks = {}
     start, first = 0, sum(prompt_lengths)
-    for length, group in zip(prompt_lengths, completion_lengths, strict=True):
-        found += _cut(Sequences(start, 0, start, (length,)), window, limit, device, masks)
-        for some in _runs(group, length, window, limit):
-            found += _cut(Sequences(start, length, first, some), window, limit, device, masks)
+    for some in _runs(prompt_lengths, 0, window, min(limit, TOGETHER)):
+        found += _cut(Sequences(start, 0, 1, start, some), window, limit, device, masks)
+        start += sum(some)
+    start = 0
+    for length, groups in _families(prompt_lengths, completion_lengths, window, min(limit, TOGETHER)):
+        together = tuple(chain(*groups))
+        for some in _runs(together, length, window, limit) if len(groups) == 1 else filter(None, [together]):
+            found += _cut(Sequences(start, length, len(groups), first, some), window, limit, device, masks)
             first += sum(some)
-        start += length
+        start += length * len(groups)
     return found
+
+
+def _families(
+    prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], window: int | None, limit: int
+) -> Iterator[tuple[int, list[Sequence[int]]]]:
+    """Prompt length, and the groups of consecutive prompts of that length that fit into one block: as many completions each."""
+    waiting: list[Sequence[int]] = []
+    before = 0
+    for length, group in zip(prompt_lengths, completion_lengths, strict=True):
+        longest = max((*group, *chain(*waiting)), default=0)
+        scores = (len(waiting) + 1) * len(group) * longest * (_reached(length, window) + longest)
+        if waiting and (length != before or len(group) != len(waiting[0]) or scores > limit):
+            yield before, waiting
+            waiting = []
+        waiting, before = [*waiting, group], length
+    yield before, waiting
 
 
 def block_limit(heads: int, device: torch.device) -> int:
@@ -229,7 +275,7 @@ class _States:
         self.power = 2.0 ** math.floor(math.log2(scaling))
         self.rest = scaling / self.power
         self.query = self._heads(block.queries.take(query)) * self.power
-        self.shared_k, self.shared_v = (states[block.shared].transpose(0, 1) for states in (key, value))
+        self.shared_k, self.shared_v = (block.take_shared(states) for states in (key, value))
         self.own_k, self.own_v = (self._own(block.keys.take(states)) for states in (key, value))
         self.weights = block.scores(self.query, self.shared_k, self.own_k, self.rest).softmax(-1)
 
@@ -249,9 +295,9 @@ class _States:
 
     def add_gradients(self, grad: Float[Tensor, "T H D"], totals: Sequence[Tensor]) -> None:
         """Add what the block gives to d query, d key and d value."""
-        block, width = self.block, self.shared_k.shape[1]
+        block = self.block
         rows = self._heads(block.queries.take_real(grad))
-        parts = [float32_product(rows, self.shared_v.transpose(1, 2)), block.by_sequence(rows, self.own_v.transpose(1, 2))]
+        parts = [by_part(rows, values.transpose(1, 2)) for values in (self.shared_v, self.own_v)]
         weight_grad = torch.cat(parts, -1)
         score_grad = torch._softmax_backward_data(weight_grad, self.weights, -1, torch.float32).to(self.dtype)
         del parts, weight_grad
@@ -259,7 +305,7 @@ class _States:
             score_grad *= self.rest
         block.queries.add(self.packed(block.read(score_grad, self.shared_k, self.own_k)).mul_(self.power), totals[0])
         for total, weights, states in ((totals[1], score_grad, self.query), (totals[2], self.weights.to(self.dtype), rows)):
-            shared, own = block.spread(weights, states, width)
-            total[block.shared] += shared.transpose(0, 1)
+            shared, own = block.spread(weights, states)
+            block.add_shared(shared, total)
             own = own.unflatten(0, (self.kv_heads, -1)).permute(1, 2, 0, 3).flatten(0, 1)
             block.keys.add(own, total)

@@ -44,7 +44,7 @@ def who_reads_whom(prompts: list[int], completions: list[list[int]], window: int
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
-    prompts=st.lists(st.integers(1, 13), min_size=1, max_size=3),
+    prompts=st.lists(st.sampled_from([1, 4, 4, 4, 9, 13]), min_size=1, max_size=3),
     completions=st.lists(st.lists(st.integers(1, 9), max_size=16), min_size=3, max_size=3),
     window=st.sampled_from([None, 1, 3, 8, 40]),
     limit=st.sampled_from([1, 20, 100, 10**6]),
