@@ -17,6 +17,7 @@ ROWS: dict[str, float] = {
     "config": 0,
     "types": 0,
     "cards": 0,
+    "room": 0,
     "shapes": 1,  # on the adapter's settings
     "access": 1.5,  # on the names that shapes knows
     "grpo.advantages": 1,

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from live_bytes import LiveBytes
 
 from gemma_grpo.config import GRPOConfig, LoraSettings, build_config
@@ -23,11 +21,9 @@ from gemma_grpo.model.logprobs import TILE, completion_logprobs
 from gemma_grpo.model.memory import TokenBudget
 from gemma_grpo.planner import attention, sampling, terms
 from gemma_grpo.planner.phases import ACTIVATIONS, GLOBAL_KV, JUDGE_TOKENS, LOGITS, SLIDING_KV, Budgets, Phase, Run
-from gemma_grpo.planner.sampling import Room
 from gemma_grpo.planner.terms import Numbers
 from gemma_grpo.reward.zero_shot import ZeroShotJudge
-from gemma_grpo.rollout.engine import SamplingParams
-from gemma_grpo.rollout.local import EVERY_TOKEN, IN_BURSTS, LocalEngine, Pace, room_for
+from gemma_grpo.rollout.local import EVERY_TOKEN, IN_BURSTS, LocalEngine, Pace
 from gemma_grpo.rollout.sampling import BLOCK
 from gemma_grpo.shapes import ModelShape
 from gemma_grpo.types import Completion, Prompt, RolloutGroup
@@ -279,13 +275,6 @@ def test_rows_move_a_layer_at_a_time(new_gemma) -> None:
         cache.keep_rows(range(15, 7, -1))
     # eight rows of 32 tokens: the keys, or the values, of one of three layers
     assert live.peak - before == pytest.approx(8 * 32 * 4 * 128 * 4, rel=0.01)
-
-
-@given(st.integers(1, 20), st.integers(1, 300), st.integers(1, 12), st.integers(1, 300), st.integers(1, 40_000))
-def test_the_plans_room_is_the_engines(prompts: int, width: int, group: int, length: int, kv_tokens: int) -> None:
-    waiting = [Prompt(str(n), "test", (), (5,) * width, "c") for n in range(prompts)]
-    engines = room_for(waiting, SamplingParams(group, length), kv_tokens)
-    assert vars(Room.of(prompts, width, group, length, kv_tokens)) == vars(engines)
 
 
 def test_the_plan_counts_with_the_codes_own_sizes() -> None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from gemma_grpo.config.schema import GRPOConfig
 from gemma_grpo.planner import attention, sampling, terms
-from gemma_grpo.planner.sampling import Room
 from gemma_grpo.planner.terms import Numbers, Pass
+from gemma_grpo.room import Room
 from gemma_grpo.shapes import ModelShape
 
 BASE, ADAPTERS, SLIDING_KV, GLOBAL_KV = "base weights", "adapters, optimizer", "KV, sliding layers", "KV, global layers"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from gemma_grpo.config.schema import GRPOConfig
 from gemma_grpo.planner.terms import Numbers
+from gemma_grpo.room import Room
 from gemma_grpo.shapes import ModelShape
 
 DRAW_COPIES, TOP_K_COPIES, TOP_P_COPIES = 2.0, 3.0, 6.25
@@ -17,32 +16,6 @@ SEARCHED = 512 * (8 + 8 + 4)
 """Bytes for each row: the block of the vocabulary that is searched, as places, as places that exist, and as numbers."""
 ROW_BYTES = 8 + 4
 """A token and its log-probability."""
-
-
-@dataclass(frozen=True)
-class Room:
-    """What is held at a time: so many prompts of `width` tokens, so many rows of up to `length` own ones (rollout/running.py)."""
-
-    prompts: int
-    width: int
-    rows: int
-    length: int
-
-    @classmethod
-    def of(cls, prompts: int, width: int, group: int, length: int, kv_tokens: int) -> Room:
-        """As rollout/local.py's room_for: whole groups, below one group single completions; prompts' slots with what is left."""
-        whole = width + group * length
-        if prompts * whole <= kv_tokens:
-            return cls(prompts, width, prompts * group, length)
-        groups, left = divmod(kv_tokens, whole)
-        if groups == 0:
-            return cls(1, width, min(group, max(1, (kv_tokens - width) // length)), length)
-        return cls(min(prompts, groups + left // width), width, groups * group, length)
-
-    @property
-    def tokens(self) -> int:
-        """Of a global layer's keys and values."""
-        return self.prompts * self.width + self.rows * self.length
 
 
 def kv_cache(shape: ModelShape, numbers: Numbers, room: Room) -> tuple[float, float]:

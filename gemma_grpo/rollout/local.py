@@ -17,8 +17,9 @@ from gemma_grpo.data.chat import STOP_IDS, reply_text
 from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.model.memory import explaining_exhaustion
 from gemma_grpo.rollout.engine import SamplingParams
-from gemma_grpo.rollout.running import LogitsProcessor, Room, RunningRows, filled_from_the_end
+from gemma_grpo.rollout.running import LogitsProcessor, RunningRows, filled_from_the_end
 from gemma_grpo.rollout.sampling import row_keys
+from gemma_grpo.room import Room
 from gemma_grpo.types import Completion, Prompt, RolloutGroup
 
 
@@ -63,24 +64,12 @@ class LocalEngine:
         """One group of params.num_generations completions per prompt, in order."""
         if not prompts:
             return []
-        room = room_for(prompts, params, self.kv_tokens)
+        width = max(len(prompt.token_ids) for prompt in prompts)
+        room = Room.of(len(prompts), width, params.num_generations, params.max_completion_length, self.kv_tokens)
         with self.model.role(params.role), explaining_exhaustion(_too_many(room, self.model.device)):
             completions = _Rollout(self, prompts, params, room).sampled()
         size = params.num_generations
         return [RolloutGroup(prompt, tuple(completions[n * size : (n + 1) * size]), params.step) for n, prompt in enumerate(prompts)]
-
-
-def room_for(prompts: Sequence[Prompt], params: SamplingParams, kv_tokens: int | None) -> Room:
-    """The largest number of whole groups within kv_tokens, below one group as many completions of one; prompts' slots with what is left."""
-    width, length, size = max(len(prompt.token_ids) for prompt in prompts), params.max_completion_length, params.num_generations
-    most = Room(len(prompts), width, len(prompts) * size, length)
-    if kv_tokens is None or most.tokens <= kv_tokens:
-        return most
-    groups = kv_tokens // (width + size * length)
-    if groups == 0:
-        return Room(1, width, min(size, max(1, (kv_tokens - width) // length)), length)
-    left = kv_tokens - groups * (width + size * length)
-    return Room(min(len(prompts), groups + left // width), width, groups * size, length)
 
 
 class _Rollout:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +20,7 @@ from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.model.kv_cache import Extent
 from gemma_grpo.rollout.engine import SamplingParams
 from gemma_grpo.rollout.sampling import draw, filtered, uniforms
+from gemma_grpo.room import Room
 
 LogitsProcessor = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(logits [B V] float32, completions [B], positions [B]) -> logits: changes what is sampled, before the temperature.
@@ -29,21 +29,6 @@ LogitsProcessor = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 EAGER_STEPS = 2
 """Steps of one extent before it is captured: the libraries choose their kernels in the first, and a short-lived extent is not worth it."""
-
-
-@dataclass(frozen=True)
-class Room:
-    """What is held at a time: so many prompts of up to `width` tokens, so many rows of up to `length` own ones."""
-
-    prompts: int
-    width: int
-    rows: int
-    length: int
-
-    @property
-    def tokens(self) -> int:
-        """Of keys and values in a global layer; a sliding one keeps what its window reaches."""
-        return self.prompts * self.width + self.rows * self.length
 
 
 class RunningRows:

@@ -24,8 +24,9 @@ from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.model.logprobs import completion_logprobs
 from gemma_grpo.model.memory import DoesNotFitError
 from gemma_grpo.rollout.engine import RolloutEngine, SamplingParams
-from gemma_grpo.rollout.local import EVERY_TOKEN, IN_BURSTS, LocalEngine, Pace, room_for
+from gemma_grpo.rollout.local import EVERY_TOKEN, IN_BURSTS, LocalEngine, Pace
 from gemma_grpo.rollout.running import filled_from_the_end
+from gemma_grpo.room import Room
 from gemma_grpo.types import Prompt, RolloutGroup
 
 STOP = 1
@@ -316,7 +317,7 @@ def test_the_completions_do_not_depend_on_how_many_are_sampled_together(
     model: Gemma, prompts: list[Prompt], kv_tokens: int | None, room: tuple[int, int], prefills: list[int], pace: Pace
 ) -> None:
     expected = LocalEngine(model).sample(prompts, PARAMS)
-    found_room = room_for(prompts, PARAMS, kv_tokens)
+    found_room = Room.of(4, 21, 4, 12, kv_tokens)
     assert (found_room.prompts, found_room.rows) == room
     assert found_room.tokens <= max(kv_tokens or 276, 21 + 12)
     with counted_prefills(model) as seen:
