@@ -16,7 +16,7 @@ from gemma_grpo.data.batch import GroupBatch, pad_groups
 from gemma_grpo.grpo.step import sampling_params
 from gemma_grpo.model.decode import decode_cache
 from gemma_grpo.model.gemma import Gemma
-from gemma_grpo.model.grouped import BLOCK_SCORES
+from gemma_grpo.model.grouped import BLOCK_SCORES, TOGETHER
 from gemma_grpo.model.logprobs import TILE, completion_logprobs
 from gemma_grpo.model.memory import TokenBudget
 from gemma_grpo.planner import attention, sampling, terms
@@ -278,6 +278,6 @@ def test_rows_move_a_layer_at_a_time(new_gemma) -> None:
 
 
 def test_the_plan_counts_with_the_codes_own_sizes() -> None:
-    assert attention.BLOCK_SCORES == BLOCK_SCORES
+    assert (attention.BLOCK_SCORES, attention.TOGETHER) == (BLOCK_SCORES, TOGETHER)
     assert terms.TILE == TILE
     assert sampling.SEARCHED == BLOCK * 20

@@ -11,6 +11,8 @@ from gemma_grpo.shapes import ModelShape
 
 BLOCK_SCORES = {"cpu": 2**21, "cuda": 2**26}
 """model/grouped.py makes so many scores at a time, of all heads together."""
+TOGETHER = 2**14
+"""Of one head: several prompts, or groups, share a block up to so many."""
 
 
 @dataclass(frozen=True)
@@ -97,17 +99,28 @@ def _windows(shape: ModelShape) -> list[int | None]:
 
 
 def _cuts(shape: ModelShape, numbers: Numbers, piece: Pass, window: int | None) -> list[_Blocks]:
-    """Of one prompt, and of its completions."""
+    """Of prompts, and of completions: of one group, or of as many short ones as share a block."""
     limit = BLOCK_SCORES["cuda" if numbers.on_cuda else "cpu"] // shape.num_heads
-    found = [_cut(1, piece.prompt_length, 0, window, limit)]
-    if piece.group and piece.completion_length:
-        found.append(_cut(piece.group, piece.completion_length, piece.prompt_length, window, limit))
+    few, prompt, length = min(limit, TOGETHER), piece.prompt_length, piece.completion_length
+    found = [_cut(_shared(piece.prompts, prompt * prompt, few), prompt, 0, window, limit)]
+    if piece.group and length:
+        each = piece.group * length * (_reached(prompt, window) + length)
+        found.append(_cut(piece.group * _shared(piece.prompts, each, few), length, prompt, window, limit))
     return found
+
+
+def _shared(available: float, scores: float, limit: int) -> float:
+    """How many share a block, each with so many scores of a head."""
+    return min(max(1, available), max(1, limit // scores))
+
+
+def _reached(before: int, window: int | None) -> int:
+    return before if window is None else min(before, window - 1)
 
 
 def _cut(sequences: float, length: int, before: int, window: int | None, limit: int) -> _Blocks:
     """As model/grouped.py does: as many sequences together as the limit allows, then as many queries of each."""
-    reached = before if window is None else min(before, window - 1)
+    reached = _reached(before, window)
     together = min(sequences, max(1, limit // (length * (reached + length))))
     parts = math.ceil(length / max(1, int(limit / (together * (reached + length)))))
     queries = math.ceil(length / parts)
