@@ -3,14 +3,14 @@
 Registered through transformers' AttentionInterface, so that PEFT, checkpointing and quantised layers keep working. The linear
 layers see the real tokens packed into one row (all prompts, then all completions), and attention reads that row too (grouped.py).
 The sliding window is computed from *positions*: flat indices of a packed row are silently wrong by 0.4 nats.
-Owns the layouts a forward pass can have; not the padding (data/batch.py).
+Owns the layout of a forward pass; not the padding (data/batch.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -25,15 +25,6 @@ from gemma_grpo.model.grouped import Block, PackedAttention, block_limit, blocks
 ATTENTION_NAME = "gemma_grpo_grouped"
 
 
-@runtime_checkable
-class Layout(Protocol):
-    """Who attends to whom in one forward pass."""
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None) -> Tensor:
-        """query [1 H T D], key and value [1 K T D] -> [1 T H D]; window None is full attention."""
-        ...
-
-
 def grouped_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -44,7 +35,7 @@ def grouped_attention(
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    layout: Layout | None = None,
+    layout: GroupLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature; without a layout it is the plain SDPA path, so the model stays usable as it is."""
@@ -101,7 +92,10 @@ class GroupLayout:
         return self.num_prompt_tokens + lengths.flatten().cumsum(0).view_as(lengths) - 1
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None) -> Tensor:
-        """Prompts among themselves; each completion to [its prompt ; itself]."""
+        """Prompts among themselves; each completion to [its prompt ; itself].
+
+        query [1 H T D], key and value [1 K T D] -> [1 T H D]; window None is full attention.
+        """
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, heads, D)
         if self.keep_prompt_kv is not None:
             self.keep_prompt_kv(layer, *(self._unpacked(states[: self.num_prompt_tokens]) for states in (k, v)))

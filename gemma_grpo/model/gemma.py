@@ -24,7 +24,7 @@ from gemma_grpo.access import checkpoint_folder
 from gemma_grpo.config.schema import LoraSettings
 from gemma_grpo.data.batch import pad_groups
 from gemma_grpo.data.chat import BOS_ID, END_OF_TURN_ID, START_OF_TURN_ID
-from gemma_grpo.model.attention import ATTENTION_NAME, GroupLayout, Layout
+from gemma_grpo.model.attention import ATTENTION_NAME, GroupLayout
 from gemma_grpo.model.loading import check_tokenizer_files, empty_decoder, fill_decoder
 from gemma_grpo.model.memory import TokenBudget, explaining_exhaustion
 from gemma_grpo.model.precision import base_dtype, choose_divisor, default_device, float32_logits, rescale_residual
@@ -147,14 +147,12 @@ class Gemma:
         self.causal_lm.train(train)
         self._role = (role, train)
 
-    def hidden_states(self, layout: Layout, **inputs: Tensor) -> Float[Tensor, "T D"]:
+    def hidden_states(self, layout: GroupLayout) -> Float[Tensor, "T D"]:
         """Final hidden states (before the head) of the tokens of a layout, in its packed order."""
-        ids = inputs.get("input_ids", getattr(layout, "input_ids", None))
-        positions = inputs.get("position_ids", getattr(layout, "position_ids", None))
         # masks come from the layout: an empty mapping keeps transformers from building its own dense ones
         no_masks = {"full_attention": None, "sliding_attention": None}
-        out = self.causal_lm.model(input_ids=ids, position_ids=positions, attention_mask=no_masks, use_cache=False, layout=layout)
-        hidden: Tensor = out.last_hidden_state
+        inputs = {"input_ids": layout.input_ids, "position_ids": layout.position_ids}
+        hidden: Tensor = self.causal_lm.model(**inputs, attention_mask=no_masks, use_cache=False, layout=layout).last_hidden_state
         return hidden.flatten(0, 1)
 
     def logits(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:
