@@ -55,6 +55,17 @@ def one_long(longest: int, *, tokens: int, group: int) -> list[int]:
     return [longest, *(rest // others + (index < rest % others) for index in range(others))]
 
 
+def real_lengths(setting: Setting, group: int) -> list[StepLengths]:
+    """The same prompts whatever the group's size, and the first completions of the largest group's."""
+    size = GROUPS[-1]
+    steps = draw_steps(replace(setting, num_generations=size, max_completion_length=256), STEPS + 1)
+    return [StepLengths(step.prompts, _first_of_each(step.completions, size, group)) for step in steps]
+
+
+def _first_of_each(completions: Sequence[int], size: int, group: int) -> tuple[int, ...]:
+    return tuple(length for index, length in enumerate(completions) if index % size < group)
+
+
 def point(setting: Setting, folder: Path, steps: Sequence[StepLengths]) -> dict[str, Any]:
     """Seconds by phase, memory and forward tokens of a step of these lengths."""
     longest = max(max(step.completions) for step in steps)
@@ -119,13 +130,14 @@ def law(text: str, value: float, limit: float) -> dict[str, Any]:
 def laws(curves: dict[str, Any]) -> list[dict[str, Any]]:
     """What must hold of the curves."""
     points = [entry for curve in ("group", "prompt", "completion", "longest") for entry in curves[curve].values()]
-    excess = max(count / entry["real_tokens"] for entry in points for count in entry["forward_tokens"].values())
+    shares = [count / entry["real_tokens"] for entry in points for count in entry["forward_tokens"].values()]
     groups, longest, memory = curves["group"], list(curves["longest"].values()), curves["logprob_bytes"]
     learning = [entry["phases"]["reference"] + entry["phases"]["update"] for entry in longest]
     held = [entry["peak_bytes"] for entry in longest]
     per_token = (memory[TOKENS[-1]] - memory[TOKENS[0]]) / (TOKENS[-1] - TOKENS[0])
     return [
-        law("forward tokens / (prompts + completions), reference pass and each planning step", excess, 1.0),
+        law("forward tokens / (prompts + completions), reference pass and each planning step", max(shares), 1.0),
+        law("the same, the other way round: no token left out", 1 / min(shares), 1.0),
         law("step time at 16 completions / at 4, real lengths", groups[16]["seconds"] / groups[4]["seconds"], 3.2),
         law("reference and update time, longest completion 512 / 48, same tokens", learning[-1] / learning[0], 1.3),
         law("peak memory, longest completion 512 / 48, same tokens", held[-1] / held[0], 1.3),
@@ -146,10 +158,10 @@ def measure(threads: int) -> dict[str, Any]:
             print(f"  {name} {value}: {measured['seconds']:.2f} s ({phases}), {measured['peak_bytes'] / 2**20:.0f} MiB", flush=True)
             return measured
 
-        wide = {group: replace(setting, num_generations=group, max_completion_length=256) for group in GROUPS}
+        wide = {group: replace(setting, num_generations=group) for group in GROUPS}
         sixteen = wide[16]
         curves: dict[str, Any] = {
-            "group": {group: timed("G", group, one, draw_steps(one, STEPS + 1)) for group, one in wide.items()},
+            "group": {group: timed("G", group, one, real_lengths(one, group)) for group, one in wide.items()},
             "prompt": {length: timed("prompt", length, setting, uniform(setting, length, [45] * GROUP)) for length in PROMPTS},
             "completion": {length: timed("completion", length, setting, uniform(setting, 99, [length] * GROUP)) for length in COMPLETIONS},
             "longest": {

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("gemma-grpo", "torch", "transformers", "peft", "trl")
+PACKAGES = ("gemma-grpo", "torch", "transformers", "peft", "trl", "bitsandbytes")
 
 
 def machine() -> dict[str, Any]:
@@ -22,6 +22,8 @@ def machine() -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         found |= {"gpu": properties.name, "compute_capability": f"{properties.major}.{properties.minor}", "cuda": torch.version.cuda}
         found["gpu_memory_bytes"] = properties.total_memory
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found["driver"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
     return found
 
 

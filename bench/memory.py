@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.machine import commit, machine, versions
 from bench.random_checkpoint import write_checkpoint
 
 GIB = 2**30
@@ -99,18 +98,6 @@ def run_once(size: str, precision: str, limit_gib: float | None, checkpoint: Pat
     }
 
 
-def machine() -> dict[str, Any]:
-    """Card, driver and versions."""
-    found: dict[str, Any] = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "peft")}}
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-        found |= {"gpu": properties.name, "compute_capability": f"{properties.major}.{properties.minor}", "driver": driver}
-        return found | {"cuda": torch.version.cuda}
-    return found | {"gpu": None, "cpu_threads": torch.get_num_threads()}
-
-
 def main() -> None:
     """Every precision in a process of its own; prints a line each, and writes --out."""
     on_cuda = torch.cuda.is_available()
@@ -130,7 +117,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = arguments.checkpoint or write_checkpoint(arguments.size, Path(folder) / arguments.size)
         runs = [_child(arguments, precision, checkpoint, Path(folder)) for precision in arguments.precision]
-    report = {"machine": machine(), "runs": runs}
+    report = {"machine": machine(), "commit": commit(), "versions": versions(), "runs": runs}
     for run in runs:
         if "error" not in run:
             planned = run["planned"]["peak"]

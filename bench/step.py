@@ -27,12 +27,12 @@ from bench.workload import LIMITS, MAX_PROMPT, WORKLOADS, Setting, StepLengths, 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 PEER_PYTHON = ROOT / ".venv-peer" / "bin" / "python"
-AGREEMENT = 1e-4
-"""Largest relative difference of loss and gradient that is rounding, in float32."""
+AGREEMENT = {"fp32": 1e-4, "bf16": 0.1}
+"""Largest relative difference of loss and gradient that is rounding."""
 MODELS = {"8m": (4, 2, "fp32"), "270m": (2, 2, "fp32"), "4b": (4, 2, "bf16")}
-"""Prompts of a step and of a micro-batch, and the precision; every prompt has 8 completions. A micro-batch is the reference recipe's;
-270m has only one a step: on two cores it takes TRL some three minutes."""
-PAIR_SECONDS = {("8m", "a"): 45, ("8m", "b"): 55, ("8m", "c"): 90, ("270m", "a"): 240, ("270m", "b"): 200}
+"""Prompts of a step and of a micro-batch, and the precision; every prompt has 8 completions. A micro-batch is the reference recipe's, and
+270m makes one a step: on two cores it takes TRL three to seven minutes."""
+PAIR_SECONDS = {("8m", "a"): 45, ("8m", "b"): 55, ("8m", "c"): 90, ("270m", "a"): 270, ("270m", "b"): 430}
 """About how long a pair takes on two cores, for the estimate that is printed."""
 
 
@@ -100,8 +100,9 @@ def _agreement(sides: dict[str, Worker], setting: Setting, index: int, folder: P
     peer = sides["trl"].ask("agree", index=index, path=path)
     relative = peer["relative_difference"]
     print(f"  same completions: loss differs by {relative['loss']:.1e}, the adapter's gradient by {relative['gradient']:.1e}", flush=True)
-    if setting.precision == "fp32" and max(relative.values()) > AGREEMENT:
-        raise RuntimeError(f"the two sides do not compute the same: {relative}, more than {AGREEMENT}. Their times cannot be compared.")
+    most = AGREEMENT[setting.precision]
+    if max(relative.values()) > most:
+        raise RuntimeError(f"the two sides do not compute the same: {relative}, more than {most}. Their times cannot be compared.")
     return {"loss": {"ours": own["loss"], "trl": peer["loss"]}, "relative_difference": relative}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from gemma_grpo.model.kv_cache import Extent
 from gemma_grpo.model.logprobs import completion_logprobs
 from gemma_grpo.model.memory import is_out_of_memory
 from gemma_grpo.model.precision import base_dtype, float32_logits, float32_product, has_native_bf16
+from gemma_grpo.rollout import running
 from gemma_grpo.rollout.engine import SamplingParams
 from gemma_grpo.rollout.local import LocalEngine
 from gemma_grpo.rollout.running import StepGraphs
@@ -93,9 +95,9 @@ def test_a_graph_makes_the_steps_that_the_same_code_makes_without_one() -> None:
         total[: extent.rows] += step
         step.mul_(2)
 
-    graphs, wide = StepGraphs(add), Extent(4, 1, 4, True, 3, 5, True)
+    graphs, wide = StepGraphs(), Extent(4, 1, 4, True, 3, 5, True)
     for extent in (*[wide] * 5, replace(wide, rows=2), *[wide] * 2):
-        graphs(extent)
+        graphs.make(add, extent)
     # 1 + 2 + 4 + 8 + 16, then 32 for two rows alone, then 64 + 128
     assert total.tolist() == [255, 255, 223, 223]
     assert len(graphs._graphs) == 1
@@ -111,3 +113,43 @@ def test_replayed_graphs_sample_what_the_cpu_samples(tiny_model_dir: Path, kv_to
         for first, second in zip(one.completions, other.completions, strict=True):
             assert first.token_ids == second.token_ids
             assert first.sampling_logprobs == pytest.approx(second.sampling_logprobs, abs=1e-3)
+
+
+def test_a_step_that_cannot_be_captured_is_made_without_a_graph() -> None:
+    total = torch.zeros(2, device=CUDA)
+
+    def add_and_look(extent: Extent) -> None:
+        total.add_(1)
+        total.sum().item()  # a capture allows no look at the device
+
+    graphs, extent = StepGraphs(), Extent(2, 1, 2, True, 3, 5, True)
+    graphs.make(add_and_look, extent)
+    graphs.make(add_and_look, extent)
+    with pytest.warns(UserWarning, match="goes without CUDA graphs"):
+        graphs.make(add_and_look, extent)
+    graphs.make(add_and_look, extent)
+    assert total.tolist() == [4, 4]
+
+
+def test_replayed_graphs_sample_in_bfloat16_what_single_steps_sample(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        pytest.skip("this card has no bfloat16")
+    engine = LocalEngine(load(tiny_model_dir, CUDA, precision="bf16"), kv_tokens=300)
+    prompts = [Prompt(f"prompt {length}", "test", (), (2, *range(150, 150 + length)), f"talk {length}") for length in (3, 20, 7)]
+    params = SamplingParams(num_generations=4, max_completion_length=70, seed=3)
+    replayed = engine.sample(prompts, params)
+    monkeypatch.setattr(running, "EAGER_STEPS", 10**9)
+    assert engine.sample(prompts, params) == replayed
+
+
+def test_a_rollout_leaves_nothing_on_the_card(tiny_model_dir: Path) -> None:
+    engine = LocalEngine(load(tiny_model_dir, CUDA))
+    prompts, params = [Prompt("prompt", "test", (), (2, *range(150, 170)), "talk")], SamplingParams(4, 70)
+    engine.sample(prompts, params)
+    gc.disable()  # keys and values go when the rollout ends, not when a collection comes by
+    try:
+        before = torch.cuda.memory_allocated()
+        engine.sample(prompts, params)
+        assert torch.cuda.memory_allocated() == before
+    finally:
+        gc.enable()

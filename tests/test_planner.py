@@ -118,7 +118,7 @@ def test_a_larger_card_is_larger_and_helps_although_the_limit_stays() -> None:
 
 
 def test_long_dialogues_of_the_reward_do_not_make_the_policys_passes_smaller() -> None:
-    short, long = plan(), plan(reward_model={"max_length": 7500})
+    short, long = plan(), plan(reward_model={"max_length": 8000})
     assert phase_of(long, "reward training").total > HEADROOM * long.limit_bytes
     assert long.token_budget == short.token_budget
     assert phase_of(long, "update").total == phase_of(short, "update").total
@@ -145,7 +145,7 @@ def test_two_copies_are_in_the_format_of_the_one_base() -> None:
 
 
 def test_a_plan_near_the_limit_says_that_it_may_be_wrong() -> None:
-    assert "nearer to the limit than the plan's own error, 10%" in str(plan(reward_model={"max_length": 7500}))
+    assert "nearer to the limit than the plan's own error, 10%" in str(plan(reward_model={"max_length": 8000}))
     assert "nearer to the limit" not in str(plan())
     assert "not yet measured on a GPU" in str(plan())
 

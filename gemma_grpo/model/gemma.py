@@ -36,7 +36,6 @@ AdapterRole = Literal["policy", "reward"]
 ModelRole = Literal["policy", "reward", "reference"]
 
 
-
 class Gemma:
     """A frozen Gemma 3 decoder with two LoRA adapters. Exactly one role is active at a time: see `role`."""
 

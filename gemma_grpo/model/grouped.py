@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any
+from itertools import accumulate, chain, pairwise
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,25 +33,23 @@ def within_window(query_positions: Int[Tensor, "*b Q"], key_positions: Int[Tenso
 
 @dataclass(frozen=True)
 class Sequences:
-    """Consecutive sequences of a packed row, in one or more families of as many each that follow `before` tokens of their own.
+    """Sequences of a packed row, in one or more families of as many each that follow `before` tokens of their own."""
 
-    Those tokens, family after family, stand from `start` on."""
-
-    start: int
     before: int
-    families: int
-    first: int
-    """Packed index of the first sequence's first token."""
+    families: tuple[int, ...]
+    """Packed index of the first token before each family."""
+    starts: tuple[int, ...]
+    """Packed index of each sequence's first token, family after family."""
     lengths: tuple[int, ...]
 
     def rows(self, first: int, last: int) -> tuple[Int[Tensor, "S W"], Bool[Tensor, "S W"]]:
         """Packed index of tokens `first` to `last` of each in a rectangle, and which of its places are real; on the host."""
-        lengths, columns = torch.tensor(self.lengths), torch.arange(first, last)
-        return self.first + (lengths.cumsum(0) - lengths)[:, None] + columns, columns < lengths[:, None]
+        columns = torch.arange(first, last)
+        return torch.tensor(self.starts)[:, None] + columns, columns < torch.tensor(self.lengths)[:, None]
 
     def follow(self, first: int, last: int) -> bool:
         """Whether the real tokens of that rectangle fill it and stand one after the other."""
-        return min(self.lengths) >= last and (len(self.lengths) == 1 or (first == 0 and max(self.lengths) == last))
+        return min(self.lengths) >= last and all(after - start == last - first for start, after in pairwise(self.starts))
 
 
 Masks = dict[tuple[int, ...], Tensor]
@@ -66,11 +64,11 @@ class Block:
         reach = 0 if window is None else window - 1
         oldest = 0 if window is None else max(0, sequences.before + first - reach)
         own = 0 if window is None else max(0, first - reach)  # the first own key that any of these queries sees
-        self.families, self.before = sequences.families, sequences.before
         self.width = max(0, sequences.before - oldest)
-        self.shared = slice(sequences.start, sequences.start + sequences.families * sequences.before)
         self.shape = (len(sequences.lengths), last - first)
-        self.queries, self.keys = (_Rows(sequences, column, last, device) for column in (first, own))
+        prompts = Sequences(0, (), sequences.families, (sequences.before,) * len(sequences.families))
+        self.shared = _Rows(prompts, sequences.before - self.width, sequences.before, device)
+        self.queries, self.own = (_Rows(sequences, column, last, device) for column in (first, own))
         place = (sequences.before, self.width, first, last, own)
         if place not in masks:
             masks[place] = _bias(*place, window, device)
@@ -92,22 +90,9 @@ class Block:
 
     def spread(self, weights: Float[Tensor, "K SQR P"], rows: Float[Tensor, "K SQR D"]) -> tuple[Tensor, Tensor]:
         """The transpose of `read`: what each key receives, shared [KF P D] and own [KS Y D]."""
-        parts = ((weights[..., : self.width], self.families), (weights[..., self.width :], self.shape[0]))
-        shared, own = (float32_product(_parted(part, count).transpose(1, 2), _parted(rows, count)) for part, count in parts)
+        parts = ((weights[..., : self.width], self.shared), (weights[..., self.width :], self.own))
+        shared, own = (float32_product(_parted(part, of.shape[0]).transpose(1, 2), _parted(rows, of.shape[0])) for part, of in parts)
         return shared, own
-
-    def take_shared(self, packed: Float[Tensor, "T K D"]) -> Float[Tensor, "KF P D"]:
-        """The keys or values before the sequences that their queries reach."""
-        rows: Tensor = self._reached(packed).permute(2, 0, 1, 3).flatten(0, 1)
-        return rows
-
-    def add_shared(self, rows: Float[Tensor, "KF P D"], into: Float[Tensor, "T K D"]) -> None:
-        """Add rows to where take_shared took them from."""
-        self._reached(into).add_(rows.unflatten(0, (-1, self.families)).permute(1, 2, 0, 3))
-
-    def _reached(self, packed: Float[Tensor, "T K D"]) -> Float[Tensor, "F P K D"]:
-        families: Tensor = packed[self.shared].unflatten(0, (self.families, self.before))
-        return families[:, self.before - self.width :]
 
 
 def by_part(rows: Float[Tensor, "K N X"], matrices: Float[Tensor, "KF X Y"]) -> Float[Tensor, "K N Y"]:
@@ -127,12 +112,12 @@ class _Rows:
         self.shape = (len(sequences.lengths), last - first)
         self.real: Tensor | None = None
         self.padding: Tensor | None = None
-        start = sequences.first + first
+        start = sequences.starts[0] + first
         self.places: slice | Tensor = slice(start, start + self.shape[0] * self.shape[1])
         if not sequences.follow(first, last):
             rows, real = sequences.rows(first, last)
             # padding stands on a token that is there
-            self.places = torch.where(real, rows, sequences.first).flatten().to(device)
+            self.places = torch.where(real, rows, sequences.starts[0]).flatten().to(device)
             if not real.all():
                 self.real, self.padding = real.flatten().nonzero()[:, 0].to(device), ~real.flatten().to(device)
 
@@ -159,6 +144,28 @@ class _Rows:
         else:
             into.index_add_(0, self.places, rows.contiguous())
 
+    def by_head(self, packed: Float[Tensor, "T K D"]) -> Float[Tensor, "KS W D"]:
+        """The rectangle's rows, a matrix for each head and sequence."""
+        rows: Tensor = self.take(packed).unflatten(0, self.shape).permute(2, 0, 1, 3).flatten(0, 1)
+        return rows
+
+    def add_by_head(self, rows: Float[Tensor, "KS W D"], into: Float[Tensor, "T K D"]) -> None:
+        """Add rows to where by_head took them from."""
+        self.add(rows.unflatten(0, (-1, self.shape[0])).permute(1, 2, 0, 3).flatten(0, 1), into)
+
+
+class _Part(NamedTuple):
+    """A sequence of the packed row."""
+
+    length: int
+    start: int
+    """Packed index of its first token."""
+
+
+class _Group(NamedTuple):
+    prompt: _Part
+    completions: list[_Part]
+
 
 def blocks_of(
     prompt_lengths: Sequence[int],
@@ -172,34 +179,37 @@ def blocks_of(
     cut. Completions without tokens are left out of `completion_lengths`."""
     found: list[Block] = []
     masks: Masks = {}
-    start, first = 0, sum(prompt_lengths)
-    for some in _runs(prompt_lengths, 0, window, min(limit, TOGETHER)):
-        found += _cut(Sequences(start, 0, 1, start, some), window, limit, device, masks)
-        start += sum(some)
-    start = 0
-    for length, groups in _families(prompt_lengths, completion_lengths, window, min(limit, TOGETHER)):
-        together = tuple(chain(*groups))
-        for some in _runs(together, length, window, limit) if len(groups) == 1 else filter(None, [together]):
-            found += _cut(Sequences(start, length, len(groups), first, some), window, limit, device, masks)
-            first += sum(some)
-        start += length * len(groups)
+    starts = accumulate(chain([0], prompt_lengths, *completion_lengths))
+    prompts, *groups = ([_Part(length, next(starts)) for length in lengths] for lengths in (prompt_lengths, *completion_lengths))
+    few = min(limit, TOGETHER)
+    for run in _runs(prompts, 0, window, few):
+        found += _cut(_sequences([_Part(0, 0)], run), window, limit, device, masks)
+    for family in _families(list(map(_Group, prompts, groups)), window, few):
+        before = [group.prompt for group in family]
+        parts = [part for group in family for part in group.completions]
+        for run in _runs(parts, before[0].length, window, limit) if len(family) == 1 else filter(None, [parts]):
+            found += _cut(_sequences(before, run), window, limit, device, masks)
     return found
 
 
-def _families(
-    prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], window: int | None, limit: int
-) -> Iterator[tuple[int, list[Sequence[int]]]]:
-    """Prompt length, and the groups of consecutive prompts of that length that fit into one block: as many completions each."""
-    waiting: list[Sequence[int]] = []
-    before = 0
-    for length, group in zip(prompt_lengths, completion_lengths, strict=True):
-        longest = max((*group, *chain(*waiting)), default=0)
-        scores = (len(waiting) + 1) * len(group) * longest * (_reached(length, window) + longest)
-        if waiting and (length != before or len(group) != len(waiting[0]) or scores > limit):
-            yield before, waiting
-            waiting = []
-        waiting, before = [*waiting, group], length
-    yield before, waiting
+def _sequences(before: Sequence[_Part], parts: Sequence[_Part]) -> Sequences:
+    families, starts = (tuple(part.start for part in some) for some in (before, parts))
+    return Sequences(before[0].length, families, starts, tuple(part.length for part in parts))
+
+
+def _families(groups: Sequence[_Group], window: int | None, limit: int) -> Iterator[list[_Group]]:
+    """Groups of as many completions behind prompts of one length, as long as they fit into one block."""
+    family: list[_Group] = []
+    for group in sorted(groups, key=lambda group: (group.prompt.length, len(group.completions))):
+        before, size = group.prompt.length, len(group.completions)
+        longest = max((part.length for one in (group, *family) for part in one.completions), default=0)
+        scores = (len(family) + 1) * size * longest * (_reached(before, window) + longest)
+        if family and (before != family[0].prompt.length or size != len(family[0].completions) or scores > limit):
+            yield family
+            family = []
+        family.append(group)
+    if family:
+        yield family
 
 
 def block_limit(heads: int, device: torch.device) -> int:
@@ -207,23 +217,27 @@ def block_limit(heads: int, device: torch.device) -> int:
     return BLOCK_SCORES["cuda" if device.type == "cuda" else "cpu"] // heads
 
 
-def _runs(lengths: Sequence[int], before: int, window: int | None, limit: int) -> Iterator[tuple[int, ...]]:
-    """Consecutive sequences together while their scores stay within the limit."""
-    run: list[int] = []
-    for length in lengths:
-        longest = max(length, *run, 0)
-        if run and (len(run) + 1) * longest * (_reached(before, window) + longest) > limit:
-            yield tuple(run)
-            run = []
-        run.append(length)
+def _runs(parts: Sequence[_Part], before: int, window: int | None, limit: int) -> Iterator[list[_Part]]:
+    """Sequences of about one length together, while their scores stay within the limit and their padding costs less than a block."""
+    run: list[_Part] = []
+    padding = 0
+    for part in sorted(parts, key=lambda part: -part.length):
+        own, each = (one.length * (_reached(before, window) + one.length) for one in (part, run[0] if run else part))
+        if run and ((len(run) + 1) * each > limit or padding + each - own > TOGETHER):
+            yield run
+            run, padding, each = [], 0, own
+        run.append(part)
+        padding += each - own
     if run:
-        yield tuple(run)
+        yield run
 
 
 def _cut(sequences: Sequences, window: int | None, limit: int, device: torch.device, masks: Masks) -> Iterator[Block]:
-    """Blocks of as many queries as the limit allows."""
+    """Blocks of as many queries as the limit allows, and of no more than the window, whose keys others would not see."""
     longest = max(sequences.lengths)
     most = max(1, limit // (len(sequences.lengths) * max(1, _reached(sequences.before, window) + longest)))
+    if window is not None and len(sequences.lengths) * longest * longest > TOGETHER:
+        most = min(most, max(window, 64))
     count = math.ceil(longest / most)
     for index in range(count):
         queries = slice(longest * index // count, longest * (index + 1) // count)
@@ -275,17 +289,13 @@ class _States:
         self.power = 2.0 ** math.floor(math.log2(scaling))
         self.rest = scaling / self.power
         self.query = self._heads(block.queries.take(query)) * self.power
-        self.shared_k, self.shared_v = (block.take_shared(states) for states in (key, value))
-        self.own_k, self.own_v = (self._own(block.keys.take(states)) for states in (key, value))
+        self.shared_k, self.shared_v = (block.shared.by_head(states) for states in (key, value))
+        self.own_k, self.own_v = (block.own.by_head(states) for states in (key, value))
         self.weights = block.scores(self.query, self.shared_k, self.own_k, self.rest).softmax(-1)
 
     def _heads(self, rows: Float[Tensor, "SQ H D"]) -> Float[Tensor, "K SQR D"]:
         heads: Tensor = rows.unflatten(1, (self.kv_heads, -1)).transpose(0, 1).flatten(1, 2)
         return heads
-
-    def _own(self, rows: Float[Tensor, "SY K D"]) -> Float[Tensor, "KS Y D"]:
-        own: Tensor = rows.unflatten(0, self.block.keys.shape).permute(2, 0, 1, 3).flatten(0, 1)
-        return own
 
     def packed(self, rows: Float[Tensor, "K SQR D"]) -> Float[Tensor, "SQ H D"]:
         """Rows by sequence and query again, all heads of each together."""
@@ -306,6 +316,5 @@ class _States:
         block.queries.add(self.packed(block.read(score_grad, self.shared_k, self.own_k)).mul_(self.power), totals[0])
         for total, weights, states in ((totals[1], score_grad, self.query), (totals[2], self.weights.to(self.dtype), rows)):
             shared, own = block.spread(weights, states)
-            block.add_shared(shared, total)
-            own = own.unflatten(0, (self.kv_heads, -1)).permute(1, 2, 0, 3).flatten(0, 1)
-            block.keys.add(own, total)
+            block.shared.add_by_head(shared, total)
+            block.own.add_by_head(own, total)

@@ -1,6 +1,6 @@
 """Keys and values while sampling: each prompt's once for all of its completions, each completion's own beside them.
 
-Static buffers: rows come and go, nothing is allocated while tokens are drawn. Sliding layers keep what their window reaches: the end
+Static buffers: rows come and go, and none grows while tokens are drawn. Sliding layers keep what their window reaches: the end
 of a prompt, and the latest of a completion's own tokens in a ring. Owns who may be read by whom while decoding, which rows live, and
 that what a gone row left behind is never read.
 """

@@ -33,9 +33,7 @@ def completion_logprobs(
     hidden = model.hidden_states(layout)
     mask = batch.completion_mask
     sources, targets = shifted(layout), batch.completion_ids[mask]
-    logprobs, entropy = token_logprobs(
-        hidden[sources], model.head_weight, targets, temperature, entropy_gradient=entropy_gradient
-    )
+    logprobs, entropy = token_logprobs(hidden[sources], model.head_weight, targets, temperature, entropy_gradient=entropy_gradient)
     zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
     return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
 

@@ -119,10 +119,13 @@ def _reached(before: int, window: int | None) -> int:
 
 
 def _cut(sequences: float, length: int, before: int, window: int | None, limit: int) -> _Blocks:
-    """As model/grouped.py does: as many sequences together as the limit allows, then as many queries of each."""
+    """As model/grouped.py does: as many sequences together as the limit allows, then as many queries of each, a window's at most."""
     reached = _reached(before, window)
     together = min(sequences, max(1, limit // (length * (reached + length))))
-    parts = math.ceil(length / max(1, int(limit / (together * (reached + length)))))
+    most = max(1, int(limit / (together * (reached + length))))
+    if window is not None and together * length * length > TOGETHER:
+        most = min(most, max(window, 64))
+    parts = math.ceil(length / most)
     queries = math.ceil(length / parts)
     seen = before + length if window is None else queries + window - 1
     mean = before + length * (parts + 1) / (2 * parts)

@@ -32,7 +32,8 @@ class Pace:
     length_step: int
     """Own tokens read by a step are rounded up to a multiple of this: steps of one extent share a CUDA graph."""
     thin_out_at: float
-    """Finished rows are taken out when at most this share of the rows still runs: every new number of rows is a new graph."""
+    """Finished rows are taken out when at most this share of the rows still runs, or when a waiting completion could take their place:
+    every new number of rows is a new graph."""
 
 
 EVERY_TOKEN = Pace(check_every=1, length_step=1, thin_out_at=1.0)
@@ -44,7 +45,7 @@ class LocalEngine:
 
     At most `kv_tokens` tokens of keys and values are held at a time, None for no limit: a prompt needs room for the longest one and
     max_completion_length for each of its completions. One completion is sampled however much it needs. `processor` changes the
-    logits that are sampled from; with it a GPU goes step by step instead of replaying graphs.
+    logits that are sampled from.
     """
 
     def __init__(
@@ -129,13 +130,23 @@ class _Rollout:
             text = reply_text(self.engine.model.tokenizer, tokens)
             self.done[number] = Completion(text, tuple(tokens), tuple(logprobs), finish)  # type: ignore[arg-type]
         left = sum(running.alive)
-        if left == len(running.alive) or not (self.waiting or left <= self.engine.pace.thin_out_at * len(running.alive)):
+        few = left <= self.engine.pace.thin_out_at * len(running.alive)
+        if left == len(running.alive) or not (few or self._could_admit(left)):
             return
         running.thin_out()
         needed = {number // self.size for number in (*running.numbers, *list(self.waiting)[:1])}
         kept = filled_from_the_end([prompt in needed for prompt in self.slots])
         running.keep_prompts(kept)
         self.slots = [self.slots[slot] for slot in kept]
+
+    def _could_admit(self, left: int) -> bool:
+        """Whether the next waiting completion could start if only the `left` rows were there that still run."""
+        if not self.waiting:
+            return False
+        prompt, running = self.waiting[0] // self.size, self.running
+        read = {number // self.size for number, alive in zip(running.numbers, running.alive, strict=True) if alive}
+        new_fits = self.room.rows - left >= min(self.size, self.room.rows) and len(read) < self.room.prompts
+        return prompt in self.slots or new_fits
 
 
 def _too_many(room: Room, device: torch.device) -> str:

@@ -7,6 +7,7 @@ that its steps are replayed from. Which completions run is local.py's.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -18,6 +19,7 @@ from gemma_grpo.model.attention import GroupLayout
 from gemma_grpo.model.decode import Decoder, decode_cache
 from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.model.kv_cache import Extent
+from gemma_grpo.model.memory import is_out_of_memory
 from gemma_grpo.rollout.engine import SamplingParams
 from gemma_grpo.rollout.sampling import draw, filtered, uniforms
 from gemma_grpo.room import Room
@@ -25,10 +27,13 @@ from gemma_grpo.room import Room
 LogitsProcessor = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(logits [B V] float32, completions [B], positions [B]) -> logits: changes what is sampled, before the temperature.
 
-`completions` are numbered through the whole rollout, n * G + g; `positions` are the completion positions now drawn."""
+`completions` are numbered through the whole rollout, n * G + g; `positions` are the completion positions now drawn. On a GPU it is
+captured with the step: it must not look at a value, and tensors that it reads must stay where they are."""
 
 EAGER_STEPS = 2
 """Steps of one extent before it is captured: the libraries choose their kernels in the first, and a short-lived extent is not worth it."""
+MOST_GRAPHS = 32
+"""Graphs kept: each holds some megabytes of a large model's launches, and an extent seldom comes back."""
 
 
 class RunningRows:
@@ -41,7 +46,7 @@ class RunningRows:
         device = model.device
         self.cache = decode_cache(model, prompts=room.prompts, prompt_width=room.width, rows=room.rows, length=room.length)
         self.decoder = Decoder(model, room.width + room.length)
-        self.stop_ids = torch.tensor(stop_ids, device=device)
+        self._stops, self._stop_ids = frozenset(stop_ids), torch.tensor(stop_ids, device=device)
         self.numbers: list[int] = []
         self.alive: list[bool] = []
         self._last_hidden = model.head_weight.new_zeros((room.prompts, model.head_weight.shape[1]))
@@ -50,7 +55,7 @@ class RunningRows:
         # one column more: what a row draws between its last token and the next look goes there
         self._tokens = torch.zeros((room.rows, room.length + 1), dtype=torch.long, device=device)
         self._logprobs = torch.zeros(self._tokens.shape, device=device)
-        self._graphs = StepGraphs(self._step) if device.type == "cuda" and processor is None else None
+        self._graphs = StepGraphs() if device.type == "cuda" else None
 
     # ---- rows come
 
@@ -81,7 +86,10 @@ class RunningRows:
         left = max(self.room.length - 1 - length for length, alive in zip(self.cache.host_lengths, self.alive, strict=True) if alive)
         for _ in range(min(most, left)):
             extent = self.cache.extent(length_step)
-            (self._graphs or self._step)(extent)
+            if self._graphs is None:
+                self._step(extent)
+            else:
+                self._graphs.make(self._step, extent)
             self.cache.advance()
 
     def _step(self, extent: Extent) -> None:
@@ -99,34 +107,35 @@ class RunningRows:
         self._tokens[rows].scatter_(1, place[:, None], token[:, None])
         self._logprobs[rows].scatter_(1, place[:, None], logprob[:, None])
         self._ids[rows] = token
-        self._stopped[rows] |= (token[:, None] == self.stop_ids).any(-1)
+        self._stopped[rows] |= (token[:, None] == self._stop_ids).any(-1)
         self._broken[rows] |= ~torch.isfinite(logprob)
         self._drawn[rows] += 1
 
     # ---- rows go
 
     def finished(self) -> Iterator[tuple[int, list[int], list[float]]]:
-        """Number, tokens and log-probabilities of each row that has ended since the last call. The one look at the device.
+        """Number, tokens and log-probabilities of each row that has ended since the last call.
+
+        The one place that waits for the device: once to see who has ended, and once more for what they have drawn.
 
         Raises FloatingPointError where a running row's logits were not finite.
         """
         count = len(self.numbers)
-        stopped, broken = torch.stack([self._stopped[:count], self._broken[:count]]).tolist()
-        for row in range(count):
-            if not self.alive[row] or not (stopped[row] or broken[row] or self.cache.host_lengths[row] + 1 >= self.room.length):
-                continue
-            tokens, logprobs = self._ended(row)
-            _check_finite(logprobs, self.params.role)
+        over = (self._stopped[:count] | self._broken[:count]).tolist()
+        drawn = [min(length + 1, self.room.length) for length in self.cache.host_lengths]
+        ended = [row for row in range(count) if self.alive[row] and (over[row] or drawn[row] == self.room.length)]
+        if not ended:
+            return
+        longest = max(drawn[row] for row in ended)
+        # float64 holds every token number and every float32
+        both = torch.stack([states[ended, :longest].double() for states in (self._tokens, self._logprobs)]).tolist()
+        for row, numbers, logprobs in zip(ended, *both, strict=True):
+            tokens = [int(number) for number in numbers[: drawn[row]]]
+            # what was drawn after the first stop, before the row was looked at, is nothing
+            end = next((place + 1 for place, token in enumerate(tokens) if token in self._stops), drawn[row])
+            _check_finite(logprobs[:end], self.params.role)
             self.alive[row] = False
-            yield self.numbers[row], tokens, logprobs
-
-    def _ended(self, row: int) -> tuple[list[int], list[float]]:
-        """A row's tokens up to the first stop; what was drawn after it, before the row was looked at, is nothing."""
-        drawn = min(self.cache.host_lengths[row] + 1, self.room.length)
-        tokens, logprobs = self._tokens[row, :drawn].tolist(), self._logprobs[row, :drawn].tolist()
-        stops = set(self.stop_ids.tolist())
-        end = next((place + 1 for place, token in enumerate(tokens) if token in stops), drawn)
-        return tokens[:end], logprobs[:end]
+            yield self.numbers[row], tokens[:end], logprobs[:end]
 
     def thin_out(self) -> None:
         """Take out the rows that have ended; others move into their places."""
@@ -145,24 +154,43 @@ class RunningRows:
 
 
 class StepGraphs:
-    """One CUDA graph per extent: a step is then one launch instead of some thousand. A call makes the step, replayed or not."""
+    """One CUDA graph per extent: a step is then one launch instead of some thousand.
 
-    def __init__(self, step: Callable[[Extent], None]) -> None:
-        self._step = step
+    Does not hold the step: whose method it is would hold its graphs in turn, and with them its keys and values until a collection.
+    """
+
+    def __init__(self) -> None:
         self._eager: dict[Extent, int] = {}
         self._graphs: dict[Extent, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()  # graphs never run at once: they share what they need between products
+        self._refused = False
 
-    def __call__(self, extent: Extent) -> None:
-        self._eager[extent] = self._eager.get(extent, 0) + 1
-        if extent not in self._graphs:
-            if self._eager[extent] <= EAGER_STEPS:
-                self._step(extent)
-                return
-            self._graphs[extent] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graphs[extent], pool=self._pool):
-                self._step(extent)
-        self._graphs[extent].replay()
+    def make(self, step: Callable[[Extent], None], extent: Extent) -> None:
+        """The step, replayed or not."""
+        if extent not in self._graphs and not self._refused:
+            self._eager[extent] = self._eager.get(extent, 0) + 1
+            if self._eager[extent] > EAGER_STEPS:
+                self._capture(step, extent)
+        if extent in self._graphs:
+            self._graphs[extent].replay()
+        else:
+            step(extent)
+
+    def _capture(self, step: Callable[[Extent], None], extent: Extent) -> None:
+        """Nothing is computed in a capture: where it is refused, the step can be made without."""
+        if len(self._graphs) == MOST_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                step(extent)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            self._refused = True
+            warnings.warn(f"this rollout goes without CUDA graphs, slower, because one could not be captured: {error}", stacklevel=2)
+            return
+        self._graphs[extent] = graph
 
 
 def filled_from_the_end(wanted: Sequence[bool]) -> list[int]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench.__main__ import BEGIN, DOCUMENT, END, read_reports, table, with_table
+from bench.__main__ import BEGIN, DOCUMENT, END, missed, read_reports, table, with_table
 from bench.growth import law
 from bench.protocol import MIB
 from bench.step import PEER_PYTHON, missing, run
@@ -20,8 +21,12 @@ def side(seconds: float, mib: float) -> dict[str, object]:
 def test_a_row_says_both_medians_and_the_paired_ratio() -> None:
     ratio, memory = {"median": 4.04, "min": 3.9, "max": 4.5}, {"median": 8.0}
     summary = {"ours": side(2.0, 100), "trl": side(8.0, 800), "paired_ratio": ratio, "memory_ratio": memory}
-    text = table([{"setting": {"model": "8m", "workload": "b"}, "summary": summary}])
-    assert text.splitlines()[2] == "| 8m (b) | 2.00 | 8.00 | **4.0x** | 3.9 to 4.5 | 160 | 40 | 100 | 800 | 8.0x |"
+    report = {"setting": {"model": "8m", "workload": "b"}, "summary": summary, "commit": "abc"}
+    assert table([report]).splitlines()[2] == "| 8m (b) | 2.00 | 8.00 | **4.0x** | 3.9 to 4.5 | 160 | 40 | 100 | 800 | 8.0x | abc |"
+    # 5x is promised of (b) on this shape, and half of the memory
+    assert missed([report]) == ["8m (b): 4.04 times as fast as TRL; at least 5.0 is promised"]
+    memory["median"], ratio["median"] = 1.9, 5.0
+    assert missed([report]) == ["8m (b): 1.90 times as small as TRL; at least 2.0 is promised"]
 
 
 def test_the_table_replaces_what_is_between_the_marks() -> None:
@@ -33,8 +38,8 @@ def test_the_table_replaces_what_is_between_the_marks() -> None:
 
 
 def test_the_document_shows_the_committed_results() -> None:
-    text = DOCUMENT.read_text(encoding="utf-8")
-    assert text == with_table(text, table(read_reports()))
+    text, reports = DOCUMENT.read_text(encoding="utf-8"), read_reports()
+    assert text == with_table(text, table(reports))
 
 
 def test_what_cannot_be_measured_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,8 +66,6 @@ def test_a_law_holds_up_to_its_limit() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the 4b shape takes hours on a CPU")
 @pytest.mark.skipif(not PEER_PYTHON.exists(), reason="needs TRL's environment: make .venv-peer/.installed")
 def test_a_step_of_the_4b_shape_is_five_times_as_fast_as_trls(tmp_path: Path) -> None:
-    import json
-
     out = run("4b", "b", 3, out=tmp_path / "step.json")
     assert out is not None
     summary = json.loads(out.read_text(encoding="utf-8"))["summary"]

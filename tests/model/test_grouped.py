@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gemma_grpo.model.grouped import PackedAttention, blocks_of, within_window
+from gemma_grpo.model.grouped import Block, PackedAttention, blocks_of, within_window
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 8
 CPU = torch.device("cpu")
@@ -100,3 +100,41 @@ def test_sixteen_bits_round_once(dtype: torch.dtype) -> None:
     for mine, theirs in zip(torch.autograd.grad((found * cotangent).sum(), fast), gradients, strict=True):
         assert mine.dtype == dtype
         assert (mine.double() - theirs).norm() < 2 * eps * theirs.norm()
+
+
+def rectangle(blocks: list[Block]) -> int:
+    """Scores of a head over all blocks, padding included."""
+    return sum(math.prod(block.shape) * block.mask.shape[1] for block in blocks)
+
+
+def test_one_long_completion_does_not_make_the_others_as_long() -> None:
+    # by hand: the prompt 99^2; 15 completions of 17, padded to one another alone, see 99 + 17 keys; the long one 99 + 512
+    alone = 99**2 + 512 * (99 + 512)
+    for lengths in ([512, *[17] * 15], [*[17] * 7, 512, *[17] * 8]):
+        assert rectangle(blocks_of([99], [lengths], None, CPU, limit=10**7)) == alone + 15 * 17 * (99 + 17)
+    # 29 and 30 are padded to the longest, 32: that costs less than another block
+    nearly = blocks_of([99], [[29, 32, 30]], None, CPU, limit=10**7)
+    assert rectangle(nearly) == 99**2 + 3 * 32 * (99 + 32)
+
+
+def test_prompts_of_one_length_share_a_block_wherever_they_stand() -> None:
+    blocks = blocks_of([3, 5, 3], [[2], [2], [4]], None, CPU, limit=10**7)
+    assert [(block.shape, block.shared.shape) for block in blocks] == [((3, 5), (1, 0)), ((2, 4), (2, 3)), ((1, 2), (1, 5))]
+
+
+def test_a_window_cuts_what_its_queries_would_not_see() -> None:
+    # 512 tokens, window 128: the first 128 queries have 128 keys, the others 127 more; one block would have 512^2 scores
+    assert rectangle(blocks_of([512], [[]], 128, CPU, limit=10**7)) == 128 * 128 + 3 * 128 * (127 + 128)
+
+
+@pytest.mark.parametrize(("prompts", "groups", "window"), [([300, 20], [[150, 40, 170], [200]], 64), ([99], [[17, 400, 17, 17]], None)])
+def test_long_sequences_give_what_the_definition_gives(prompts: list[int], groups: list[list[int]], window: int | None) -> None:
+    tokens, generator = sum(prompts) + sum(map(sum, groups)), torch.Generator().manual_seed(0)
+    inputs = [torch.randn(tokens, heads, WIDTH, generator=generator, requires_grad=True) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
+    expected = dense(*inputs, who_reads_whom(prompts, groups, window), 0.25)
+    found = PackedAttention.apply(*inputs, blocks_of(prompts, groups, window, CPU, limit=10**7), 0.25)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    cotangent = torch.randn(found.shape, generator=generator)
+    gradients = (torch.autograd.grad((out * cotangent).sum(), inputs) for out in (found, expected))
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
@@ -21,6 +22,7 @@ from gemma_grpo.config.schema import LoraSettings
 from gemma_grpo.data.batch import pad_groups, pad_rollouts, pad_values
 from gemma_grpo.model.attention import ATTENTION_NAME, GroupLayout
 from gemma_grpo.model.gemma import Gemma
+from gemma_grpo.model.kv_cache import DecodeCache
 from gemma_grpo.model.logprobs import completion_logprobs
 from gemma_grpo.model.memory import DoesNotFitError
 from gemma_grpo.rollout.engine import RolloutEngine, SamplingParams
@@ -376,3 +378,13 @@ def test_running_out_of_memory_while_sampling_names_the_setting_that_helps(model
         "Set memory.kv_token_budget=69, or lower num_generations or max_completion_length."
     )
     hook.remove()
+
+
+def test_a_rollout_leaves_nothing_to_a_collection(model: Gemma, prompts: list[Prompt]) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        LocalEngine(model).sample(prompts, SamplingParams(2, 5))
+        assert not [one for one in gc.get_objects() if type(one) is DecodeCache]
+    finally:
+        gc.enable()
