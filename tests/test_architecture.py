@@ -18,6 +18,8 @@ ROWS: dict[str, float] = {
     "types": 0,
     "cards": 0,
     "room": 0,
+    "disk": 0,
+    "stopping": 0,
     "shapes": 1,  # on the adapter's settings
     "access": 1.5,  # on the names that shapes knows
     "grpo.advantages": 1,
@@ -56,7 +58,7 @@ HOMES = {
     "datasets": ("data",),
     "huggingface_hub": ("access",),
     "bitsandbytes": ("model.quantization",),
-    "safetensors": ("checkpoint", "model.loading"),
+    "safetensors": ("checkpoint", "model.loading", "model.adapters"),
     "filelock": ("monitor.events",),
     "rich": ("monitor.terminal",),
     "matplotlib": ("monitor.charts",),

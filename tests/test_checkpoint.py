@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -11,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as save_tensors
 
-from gemma_grpo.checkpoint import MANIFEST, Checkpoint, CheckpointError, latest_checkpoint, read_checkpoint, save_checkpoint
+from gemma_grpo.checkpoint import MANIFEST, Checkpoint, CheckpointError, latest_checkpoint, read_checkpoint, save_checkpoint, sweep
 
 STATE = {"controllers": {"beta": {"beta": 0.1 + 0.2, "smoothed": 1e-17}}, "num_tokens": 2**40, "offsets": {"metrics.jsonl": 17}, "x": None}
 
@@ -28,14 +29,18 @@ def moments(seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-def write_policy(staging: Path, seed: int = 0) -> None:
-    (staging / "policy").mkdir()
-    (staging / "policy" / "adapter_config.json").write_text('{"r": 8}')
-    save_file({"lora_A": torch.full((2, 2), float(seed))}, staging / "policy" / "adapter_model.safetensors")
+def policy(seed: int = 0) -> dict[str, bytes]:
+    return {"adapter_config.json": b'{"r": 8}', "adapter_model.safetensors": save_tensors({"lora_A": torch.full((2, 2), float(seed))})}
 
 
-def save(folder: Path, step: int, seed: int = 0) -> Path:
-    return save_checkpoint(folder, step, save_policy=lambda staging: write_policy(staging, seed), optimizer=moments(seed), state=STATE)
+def save(folder: Path, step: int, seed: int = 0, **options: Any) -> Path:
+    return save_checkpoint(folder, step, policy=policy(seed), optimizer=moments(seed), state=STATE, **options)
+
+
+def latest(folder: Path) -> Checkpoint:
+    found, _ = latest_checkpoint(folder)
+    assert found is not None
+    return found
 
 
 def names(folder: Path) -> set[str]:
@@ -54,6 +59,9 @@ def bits(tensor: torch.Tensor) -> list[int]:
     return tensor.reshape(-1).view(torch.uint8).tolist()
 
 
+# ---- what is written
+
+
 def test_what_is_read_is_what_was_saved_bit_for_bit(tmp_path: Path) -> None:
     path = save(tmp_path, 12)
     assert path == tmp_path / "step-00000012"
@@ -68,19 +76,20 @@ def test_what_is_read_is_what_was_saved_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_a_fresh_optimizer_has_nothing_to_save_and_that_is_fine(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, 0, save_policy=write_policy, optimizer={}, state={})
+    path = save_checkpoint(tmp_path, 0, policy=policy(), optimizer={}, state={})
     assert dict(read_checkpoint(path).optimizer) == {}
 
 
 def test_the_newest_is_taken_and_order_is_by_step(tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path / "nothing here") is None
+    assert latest_checkpoint(tmp_path / "nothing here") == (None, [])
     tmp_path.joinpath("empty").mkdir()
-    assert latest_checkpoint(tmp_path / "empty") is None
+    assert latest_checkpoint(tmp_path / "empty") == (None, [])
     for step in (100, 9, 12):
         save(tmp_path, step)
-    latest = latest_checkpoint(tmp_path)
-    assert latest is not None
-    assert latest.step == 100
+    os.utime(tmp_path / "step-00000100", (0, 0))  # a copy has other times
+    assert latest(tmp_path).step == 100
+    save(tmp_path, 123_456_789)  # more digits than the name is padded to
+    assert latest(tmp_path).path.name == "step-123456789"
 
 
 def test_the_folder_holds_what_the_run_directory_promises_and_no_pickle(tmp_path: Path) -> None:
@@ -89,119 +98,14 @@ def test_the_folder_holds_what_the_run_directory_promises_and_no_pickle(tmp_path
     assert {file.suffix for file in path.rglob("*") if file.is_file()} == {".safetensors", ".json"}
 
 
-def files_of(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.is_file())
-
-
-FILES = ["MANIFEST.json", "optimizer.safetensors", "policy/adapter_config.json", "policy/adapter_model.safetensors", "state.json"]
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_flipped_byte_anywhere_is_seen_and_the_older_checkpoint_taken(folder: Path, name: str) -> None:
-    file = folder / "step-00000012" / name
-    whole, seen = file.read_bytes(), 0
-    meaning = json.loads(whole) if name == MANIFEST else None
-    generator = random.Random(0)
-    for position in range(0, len(whole), max(1, len(whole) // 150)):
-        damaged = bytearray(whole)
-        damaged[position] ^= generator.choice([1 << bit for bit in range(8)])
-        if meaning is not None and same_json(bytes(damaged), meaning):
-            continue  # one kind of white space for another: the manifest still says what it said
-        file.write_bytes(damaged)
-        latest = latest_checkpoint(folder)
-        assert latest is not None
-        assert latest.step == 9, f"byte {position} of {name}"
-        assert torch.equal(latest.optimizer["half"], moments(1)["half"])
-        seen += 1
-    assert seen > min(100, len(whole) // 2)
-    file.write_bytes(whole)
-    assert read_checkpoint(folder / "step-00000012").step == 12
-
-
-def same_json(data: bytes, meaning: Any) -> bool:
-    try:
-        return bool(json.loads(data) == meaning)
-    except ValueError:
-        return False
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-DAMAGES: list[tuple[str, Callable[[Path], Any], str]] = [
-    ("a file is gone", lambda path: (path / "optimizer.safetensors").unlink(), "optimizer.safetensors is not what was written"),
-    ("the policy is gone", lambda path: shutil.rmtree(path / "policy"), "policy/adapter_config.json is not what was written"),
-    ("a file is cut short", lambda path: cut(path / "policy" / "adapter_model.safetensors"), "policy/adapter_model.safetensors is not"),
-    ("a file is empty", lambda path: (path / "state.json").write_text(""), "state.json is not what was written"),
-    ("a file too many", lambda path: (path / "policy" / "extra.bin").write_bytes(b"x"), "policy/extra.bin is not what was written"),
-    ("no manifest", lambda path: (path / MANIFEST).unlink(), "MANIFEST.json cannot be read"),
-    ("an empty manifest", lambda path: (path / MANIFEST).write_text(""), "MANIFEST.json cannot be read"),
-    ("another manifest", lambda path: (path / MANIFEST).write_text("[]"), "MANIFEST.json cannot be read"),
-    ("a manifest of other types", lambda path: (path / MANIFEST).write_text('{"step": 12, "sha256": 5}'), "MANIFEST.json cannot be read"),
-    ("a step beyond numbers", lambda path: (path / MANIFEST).write_text('{"step": 1e999, "sha256": {}}'), "MANIFEST.json cannot be read"),
-    ("nothing in it", lambda path: [file.unlink() for file in files_of(path)], "MANIFEST.json cannot be read"),
-]
-
-
-@pytest.mark.parametrize(("damage", "message"), [case[1:] for case in DAMAGES], ids=[case[0] for case in DAMAGES])
-def test_every_damage_is_named_by_its_file_and_the_older_checkpoint_taken(
-    folder: Path, damage: Callable[[Path], Any], message: str
-) -> None:
-    damage(folder / "step-00000012")
-    with pytest.raises(CheckpointError, match=message):
-        read_checkpoint(folder / "step-00000012")
-    latest = latest_checkpoint(folder)
-    assert latest is not None
-    assert latest.step == 9
-
-
-def test_a_checkpoint_under_another_steps_name_is_refused(folder: Path) -> None:
-    (folder / "step-00000012").rename(folder / "step-00000013")
-    with pytest.raises(CheckpointError, match="step-00000013"):
-        read_checkpoint(folder / "step-00000013")
-
-
-def test_when_none_is_whole_every_one_is_named_with_its_file(folder: Path) -> None:
-    (folder / "step-00000009" / "state.json").write_text("{}")
-    (folder / "step-00000012" / MANIFEST).unlink()
-    with pytest.raises(CheckpointError) as error:
-        latest_checkpoint(folder)
-    message = str(error.value)
-    assert "no checkpoint is whole" in message
-    assert "step-00000009: state.json is not what was written" in message
-    assert "step-00000012: its MANIFEST.json cannot be read" in message
-    assert isinstance(error.value, ValueError)
-
-
-@pytest.mark.parametrize("written", ["nothing", "part", "all"])
-def test_what_a_killed_save_left_is_no_checkpoint_and_the_next_save_clears_it_away(folder: Path, written: str) -> None:
-    left = folder / ".tmp-step-00000012"
-    if written == "all":  # killed between the last byte and the rename
-        (folder / "step-00000012").rename(left)
-    else:
-        shutil.rmtree(folder / "step-00000012")
-        left.mkdir()
-    if written == "part":
-        write_policy(left, seed=3)
-    latest = latest_checkpoint(folder)
-    assert latest is not None
-    assert latest.step == 9
-    assert torch.equal(read_checkpoint(save(folder, 12, seed=4)).optimizer["half"], moments(4)["half"])
-    assert names(folder) == {"step-00000009", "step-00000012"}
-
-
-@pytest.mark.parametrize("reason", [KeyboardInterrupt, MemoryError])
-def test_a_save_that_fails_leaves_the_older_checkpoint(folder: Path, reason: type[BaseException]) -> None:
-    def fail(staging: Path) -> None:
-        write_policy(staging, seed=3)
-        raise reason
-
-    with pytest.raises(reason):
-        save_checkpoint(folder, 13, save_policy=fail, optimizer={}, state={})
-    latest = latest_checkpoint(folder)
-    assert latest is not None
-    assert latest.step == 12
+def test_the_newest_are_kept_and_never_fewer_than_two(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        save(tmp_path, step, keep=3)
+    assert names(tmp_path) == {"step-00000004", "step-00000006", "step-00000008"}
+    save(tmp_path, 10, keep=1)
+    assert names(tmp_path) == {"step-00000008", "step-00000010"}
+    save(tmp_path, 9, keep=2)  # a run that went back: later ones are not counted, and not taken away
+    assert names(tmp_path) == {"step-00000008", "step-00000009", "step-00000010"}
 
 
 def test_saving_a_step_again_replaces_it(folder: Path) -> None:
@@ -213,13 +117,164 @@ def test_saving_a_step_again_replaces_it(folder: Path) -> None:
 def test_a_state_that_json_cannot_hold_exactly_is_refused_and_nothing_committed(tmp_path: Path) -> None:
     for wrong in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="Out of range float"):
-            save_checkpoint(tmp_path, 3, save_policy=write_policy, optimizer={}, state={"beta": wrong})
-    assert latest_checkpoint(tmp_path) is None
+            save_checkpoint(tmp_path, 3, policy=policy(), optimizer={}, state={"beta": wrong})
+    assert latest_checkpoint(tmp_path) == (None, [])
+
+
+# ---- damage
+
+
+FILES = [MANIFEST, "optimizer.safetensors", "policy/adapter_config.json", "policy/adapter_model.safetensors", "state.json"]
+
+
+def test_ten_thousand_flipped_bits_are_all_seen_and_named(folder: Path) -> None:
+    path, generator = folder / "step-00000012", random.Random(0)
+    content = {name: (path / name).read_bytes() for name in FILES}
+    for _ in range(10_000):
+        name = generator.choice(FILES)
+        damaged = bytearray(content[name])
+        damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
+        (path / name).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=rf"step-00000012 damaged \({name}: (sha256 mismatch|cannot be read|it is step)"):
+            read_checkpoint(path)
+        (path / name).write_bytes(content[name])
+    assert latest(folder).step == 12
+
+
+def test_two_thousand_cuts_are_all_seen_and_the_older_checkpoint_is_used(folder: Path) -> None:
+    path, generator = folder / "step-00000012", random.Random(0)
+    content = {name: (path / name).read_bytes() for name in FILES}
+    for _ in range(2_000):
+        name = generator.choice(FILES)
+        length = generator.randrange(len(content[name]))
+        (path / name).write_bytes(content[name][:length])
+        found, damaged = latest_checkpoint(folder)
+        assert found is not None
+        assert found.step == 9
+        reason = "cannot be read" if name == MANIFEST else f"size {length}, not {len(content[name])}"
+        assert len(damaged) == 1
+        assert damaged[0].startswith(f"step-00000012 damaged ({name}: {reason}")
+        (path / name).write_bytes(content[name])
+
+
+def swap(path: Path) -> None:
+    other = path.parent / "step-00000009"
+    shutil.copy(other / "optimizer.safetensors", path / "optimizer.safetensors")
+
+
+def manifest(path: Path, **changes: Any) -> None:
+    """Another manifest, its own hash made right: what no accident does."""
+    import hashlib
+
+    data = {name: value for name, value in json.loads((path / MANIFEST).read_text()).items() if name != "sha256"} | changes
+    text = json.dumps(data, indent=1)
+    (path / MANIFEST).write_text(json.dumps({**data, "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1))
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def link(path: Path) -> None:
+    path.rename(path.parent.parent / "elsewhere")
+    path.symlink_to(path.parent.parent / "elsewhere")
+
+
+def folder_for(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("a file is gone", lambda path: (path / "optimizer.safetensors").unlink(), r"optimizer\.safetensors: missing"),
+    ("the policy is gone", lambda path: shutil.rmtree(path / "policy"), r"policy/adapter_config\.json: missing"),
+    ("a file is empty", lambda path: (path / "state.json").write_text(""), r"state\.json: size 0, not \d+"),
+    ("a file too many", lambda path: (path / "policy" / "extra.bin").write_bytes(b"x"), r"policy/extra\.bin: not in the manifest"),
+    ("a pickle too many", lambda path: (path / "optimizer.pt").write_bytes(b"x"), r"optimizer\.pt: not in the manifest"),
+    ("another step's file", swap, r"optimizer\.safetensors: sha256 mismatch"),
+    ("a file is a pipe", lambda path: pipe(path / "state.json"), r"state\.json: not a regular file"),
+    ("a file is a link", lambda path: link(path / "state.json"), r"state\.json: too many levels"),
+    ("a file is a folder", lambda path: folder_for(path / "state.json"), r"state\.json: missing"),
+    ("the policy is a link", lambda path: link(path / "policy"), r"policy: not in the manifest"),
+    ("the manifest is a pipe", lambda path: pipe(path / MANIFEST), r"MANIFEST\.json: not a regular file"),
+    ("no manifest", lambda path: (path / MANIFEST).unlink(), r"MANIFEST\.json: missing"),
+    ("an empty manifest", lambda path: (path / MANIFEST).write_text(""), r"MANIFEST\.json: cannot be read"),
+    ("a list for a manifest", lambda path: (path / MANIFEST).write_text("[]"), r"MANIFEST\.json: cannot be read"),
+    ("a manifest of other types", lambda path: manifest(path, files=5), r"MANIFEST\.json: cannot be read"),
+    ("files of other types", lambda path: manifest(path, files={"state.json": 5}), r"MANIFEST\.json: cannot be read"),
+    ("a step beyond numbers", lambda path: (path / MANIFEST).write_text('{"step": 1e999, "files": {}}'), r"MANIFEST\.json: cannot be read"),
+    ("a deep manifest", lambda path: (path / MANIFEST).write_text("[" * 100_000), r"MANIFEST\.json: cannot be read"),
+    ("a manifest of nothing", lambda path: manifest(path, files={}), r"optimizer\.safetensors: not in the manifest"),
+    (
+        "a file outside",
+        lambda path: manifest(path, files={"../step-00000009/state.json": {"size": 1, "sha256": ""}}),
+        r"\.\./step-00000009/state\.json: missing",
+    ),
+    ("nothing in it", lambda path: [(path / name).unlink() for name in FILES], r"MANIFEST\.json: missing"),
+    ("a file in its place", lambda path: (shutil.rmtree(path), path.write_text("x")), r"\.: not a folder"),
+    ("a link in its place", link, r"\.: not a folder"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), [case[1:] for case in DAMAGES], ids=[case[0] for case in DAMAGES])
+def test_every_damage_is_named_by_its_file_and_the_older_checkpoint_taken(
+    folder: Path, damage: Callable[[Path], Any], message: str
+) -> None:
+    damage(folder / "step-00000012")
+    with pytest.raises(CheckpointError, match=rf"step-00000012 damaged \({message}"):
+        read_checkpoint(folder / "step-00000012")
+    assert latest(folder).step == 9
+
+
+def test_a_checkpoint_under_another_steps_name_is_refused(folder: Path) -> None:
+    (folder / "step-00000012").rename(folder / "step-00000013")
+    with pytest.raises(CheckpointError, match=r"step-00000013 damaged \(MANIFEST\.json: it is step 12's\)"):
+        read_checkpoint(folder / "step-00000013")
+
+
+def test_when_none_is_whole_every_one_is_named_with_its_file(folder: Path) -> None:
+    (folder / "step-00000009" / "state.json").write_text("{}")
+    (folder / "step-00000012" / MANIFEST).unlink()
+    with pytest.raises(CheckpointError) as error:
+        latest_checkpoint(folder)
+    message = str(error.value)
+    assert f"no usable checkpoint in {folder}; 2 damaged:" in message
+    assert "step-00000009 damaged (state.json: size 2, not " in message
+    assert "step-00000012 damaged (MANIFEST.json: missing)" in message
 
 
 def test_other_names_in_the_folder_are_not_checkpoints(folder: Path) -> None:
     (folder / "step-notes.txt").write_text("mine")
+    (folder / "step-13").mkdir()
     (folder / "best").mkdir()
-    latest = latest_checkpoint(folder)
-    assert isinstance(latest, Checkpoint)
-    assert latest.step == 12
+    assert latest(folder).step == 12
+
+
+# ---- what a killed save leaves
+
+
+@pytest.mark.parametrize("written", ["nothing", "part", "all"])
+def test_what_a_killed_save_left_is_no_checkpoint_and_the_next_save_clears_it_away(folder: Path, written: str) -> None:
+    left = folder / ".tmp-step-00000012"
+    if written == "all":  # killed between the last byte and the rename
+        (folder / "step-00000012").rename(left)
+    else:
+        shutil.rmtree(folder / "step-00000012")
+        left.mkdir()
+    if written == "part":
+        (left / "state.json").write_text("{")
+    assert latest(folder).step == 9
+    assert torch.equal(read_checkpoint(save(folder, 12, seed=4)).optimizer["half"], moments(4)["half"])
+    assert names(folder) == {"step-00000009", "step-00000012"}
+
+
+def test_what_was_moved_aside_for_its_successor_comes_back(folder: Path) -> None:
+    # killed between the two renames of a step that is saved again
+    (folder / "step-00000012").rename(folder / ".old-step-00000012")
+    sweep(folder)
+    assert latest(folder).step == 12
+    shutil.copytree(folder / "step-00000012", folder / ".old-step-00000012")  # killed before it was deleted
+    (folder / ".trash-step-00000003").mkdir()
+    sweep(folder)
+    assert names(folder) == {"step-00000009", "step-00000012"}

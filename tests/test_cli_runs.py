@@ -177,7 +177,7 @@ def test_an_output_folder_that_is_a_file_or_holds_a_run_stays_as_it_is(
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "recipe.yaml").write_text("seed: 7\n", encoding="utf-8")
-    assert "already holds a run" in refused(capsys, train(tiny_model_dir, prompts, taken, RULE))
+    assert "cannot go on with other settings" in refused(capsys, train(tiny_model_dir, prompts, taken, RULE))
     assert [path.name for path in taken.iterdir()] == ["recipe.yaml"]
 
 
@@ -221,7 +221,7 @@ def test_the_miniature_trains_on_real_rows(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_termination_closes_the_run_and_ends_with_75(tiny_model_dir: Path, prompts: Path, tmp_path: Path) -> None:
-    words = [*TINY, "max_steps=1000", "epochs=1000", "save_steps=1", RULE]
+    words = [*TINY, "max_steps=1000", "epochs=1000", "save_steps=0", RULE]
     settings = {word.split("=")[0]: word for word in words}.values()
     output = tmp_path / "run"
     command = [sys.executable, "-m", "gemma_grpo.cli", "train", "miniature", f"model_name={tiny_model_dir}", f"dataset={prompts}"]
@@ -232,8 +232,12 @@ def test_a_termination_closes_the_run_and_ends_with_75(tiny_model_dir: Path, pro
         process.terminate()
         _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
+    assert "SIGTERM: stopping after this piece of work; once more ends at once." in err
     assert err.splitlines()[-2] == "error: stopped."
-    assert (output / "checkpoints" / "step-00000001").is_dir()
-    assert json.loads((output / "run.json").read_text(encoding="utf-8"))["status"] != "running"
+    info = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    assert (info["status"], info["error"]) == ("stopped", "stopped by SIGTERM")
+    # no step that was finished is lost, though none was to be saved before the end
+    assert [path.name for path in (output / "checkpoints").iterdir()] == [f"step-{info['steps']:08d}"]
+    assert len((output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == info["steps"] >= 2
     with RunDirectory.open(output) as again:  # the lock is free
         assert again.recipe.is_file()

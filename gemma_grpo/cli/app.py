@@ -64,7 +64,7 @@ def run(arguments: Sequence[str]) -> int:
     if (unwritten := output_error()) is not None:
         return Exit.RUNTIME if isinstance(unwritten, BrokenPipeError) else report(unwritten, debug=debug)
     if code == _INTERRUPTED:
-        print("error: stopped.\n  What was written so far is in the run directory.", file=sys.stderr)
+        print("error: stopped.\n  What was written so far is in the run directory; `train ... --resume` goes on with it.", file=sys.stderr)
         return Exit.STOPPED
     return code if isinstance(code, int) else Exit.OK
 

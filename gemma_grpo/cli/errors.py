@@ -32,7 +32,7 @@ class Exit(IntEnum):
     """By a signal; sysexits.h calls it EX_TEMPFAIL: the same command continues or repeats the run."""
 
 
-_USAGE = ("ConfigError", "DataError", "RunDirectoryError")
+_USAGE = ("ConfigError", "DataError", "RunDirectoryError", "ResumeError")
 
 
 def exit_code(error: BaseException) -> Exit:

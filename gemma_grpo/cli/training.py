@@ -27,21 +27,23 @@ def train(
     recipe: Recipe,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Fetch, load and check data and model; show the plan; train nothing.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir from its last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in output_dir; done anyway where there is one.")] = False,
     force: Force = False,
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time goes, beside what this machine could do.")] = False,
 ) -> None:
     """Train a policy: the reward adapter first if there is none, then GRPO, then before and after on held-out prompts."""
     if dry_run and profile:
         raise ValueError("--dry-run makes no step, so there is nothing to profile. Leave one of the two out.")
-    trainer = _trainer(recipe, overrides, check_fit=not (force or resume))
+    output = load_recipe(recipe, parse_overrides(overrides or [], recipe)).output_dir
+    goes_on = resume or (output is not None and (Path(output) / "recipe.yaml").is_file())
+    trainer = _trainer(recipe, overrides, check_fit=not (force or goes_on))
     if dry_run:
         print("\n".join(plan_lines(trainer.dry_run(force=force))))
         return
 
     from gemma_grpo.monitor.report import write_report
 
-    evaluation = trainer.train(resume_from_checkpoint=True if resume else None, force=force, profile=profile)
+    evaluation = trainer.train(resume_from_checkpoint=goes_on, force=force, profile=profile)
     path = write_report(trainer.run_dir)
     print("\n".join(["", *reward_lines(read_calibration(trainer.run_dir)), *evaluation_lines(evaluation)]))
     print(f"adapter: {trainer.run_dir / 'adapter'}\nreport:  {path}")

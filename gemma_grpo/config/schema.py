@@ -200,6 +200,8 @@ class GRPOConfig(Stage):
     """Passes over the training prompts."""
     max_steps: Count | None = None
     """Stop after so many rollout batches, whatever epochs says."""
+    max_minutes: Positive | None = None
+    """Stop in time, with a checkpoint to go on from (exit code 75): a session that will be ended, or a slot of a cluster."""
     num_generations: Annotated[int, Field(ge=2)] = 8
     """Completions per prompt (G); a group needs at least 2 to have a baseline."""
     planning_steps: Count = 2
@@ -212,6 +214,8 @@ class GRPOConfig(Stage):
     """Divides the logits, in sampling and in every log-probability alike."""
     save_steps: Annotated[int, Field(ge=0)] = 50
     """Steps between checkpoints; 0 saves at the end only."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] | None = 3
+    """How many of the newest are kept; null keeps all. Never fewer than 2: a disk can damage the last one."""
     precision: Literal["auto", "fp32", "bf16", "fp16_rescaled"] = "auto"
     """Weights of the frozen base: auto takes bf16 where a GPU has units for it, else fp16 rescaled by a power of two; fp32 on a CPU."""
     quantization: Literal["none", "nf4"] = "none"

@@ -79,7 +79,12 @@ class HardStop:
         if self._limit is None:
             return False
         self.steps_above = self.steps_above + 1 if smoothed_kl > self._limit else 0
-        return self.steps_above >= self._patience
+        return self.reached
+
+    @property
+    def reached(self) -> bool:
+        """Whether training has to stop, or had to: a run that goes on after it makes no further step."""
+        return self._limit is not None and self.steps_above >= self._patience
 
     def state(self) -> dict[str, float]:
         """What a checkpoint keeps."""

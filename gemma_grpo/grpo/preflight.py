@@ -5,7 +5,9 @@ What a run holds is worked out in planner; this file asks torch which device the
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from gemma_grpo.cards import GIB, Card, named_card, this_machine
 from gemma_grpo.config import GRPOConfig
 from gemma_grpo.data.hh_rlhf import LoadedPairs
 from gemma_grpo.data.sources import DataError
+from gemma_grpo.grpo.resuming import environment, fingerprint
 from gemma_grpo.grpo.setup import Rows, TrainingData
 from gemma_grpo.model.precision import default_device, has_native_bf16
 from gemma_grpo.planner import Plan, PreflightError, find_shape, plan_run
@@ -77,3 +80,27 @@ def check_pairs_are_left(rows: Rows, data: TrainingData, config: GRPOConfig) -> 
             f"Raise reward_model.max_length ({config.reward_model.max_length}), lower data.holdout ({config.data.holdout}), "
             "or give more rows."
         )
+
+
+def run_info(config: GRPOConfig, data: TrainingData, precision: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """What run.json says of a run that begins."""
+    return {
+        "status": "running",
+        "started": time.time(),
+        "model": config.model_name,
+        "dataset": config.dataset,
+        "data": dict(data.counts),
+        "fingerprint": fingerprint(data),
+        "environment": environment(),
+        "versions": {name: version(name) for name in ("gemma-grpo", "torch", "transformers", "peft")},
+        "completions_per_update": config.completions_per_step,
+        "precision": precision,
+        "plan": plan.to_dict(),
+    }
+
+
+def bytes_to_write(config: GRPOConfig, adapter_bytes: int, steps: int) -> int:
+    """What checkpoints and adapters will take of the disk: in a checkpoint Adam's two moments lie beside the weights."""
+    saved = steps // config.save_steps if config.save_steps else 0
+    held = saved if config.keep_checkpoints is None else min(saved, config.keep_checkpoints + 1)  # the new one, before the oldest goes
+    return adapter_bytes * (3 * held + 5)

@@ -11,16 +11,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from gemma_grpo.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint, saving
+from gemma_grpo.checkpoint import Checkpoint, save_checkpoint, saving
 from gemma_grpo.config import GRPOConfig, build_config, dump_recipe, load_recipe
 from gemma_grpo.data.prompts import order
+from gemma_grpo.grpo import preflight, resuming
 from gemma_grpo.grpo.assess import evaluate_policy, train_and_measure_reward
 from gemma_grpo.grpo.explain import step_warnings
-from gemma_grpo.grpo.preflight import check_pairs_are_left, check_reward_can_be_had, hold_to_limit, plan_for, refuse_unless_it_fits
 from gemma_grpo.grpo.setup import (
     TRAINED,
     ZERO_SHOT,
@@ -43,9 +42,10 @@ from gemma_grpo.planner import Plan, find_shape
 from gemma_grpo.profile.recorder import PROFILE, PhaseWork, Profiler
 from gemma_grpo.rollout.local import LocalEngine
 from gemma_grpo.shapes import known_shapes
-from gemma_grpo.types import Prompt
+from gemma_grpo.stopping import interruptible, listening
+from gemma_grpo.types import Prompt, ScoredGroup, StepRecord
 
-GIVEN_ROWS = "rows given in Python"
+GIVEN_ROWS, CALIBRATION = "rows given in Python", "calibration.json"
 PROBE_PROMPTS = 8
 """What a float16 base must hold with headroom before anything is trained."""
 
@@ -98,7 +98,7 @@ class GRPOTrainer:
         self._calibration: dict[str, Any] = {}
         self._prepared, self._for_reward_alone = False, False
         self._profiler: Profiler | None = None
-        self.step = 0
+        self.step = self._saved_step = 0
 
     # ---- what a user calls
 
@@ -106,24 +106,30 @@ class GRPOTrainer:
         """What this run will hold in memory, phase by phase, and whether it fits here or on a named card such as "t4"; loads no model."""
         rewards = {*(() if self._function else self.weights), *((TRAINED,) if self._for_reward_alone else ())}
         recorded = {} if self._run is None else self._run.read_run().get("plan", {})
-        return replace(plan_for(self.config, rewards, recorded, card), num_prompts=len(self.data.prompts) if self._prepared else None)
+        num_prompts = len(self.data.prompts) if self._prepared else None
+        return replace(preflight.plan_for(self.config, rewards, recorded, card), num_prompts=num_prompts)
 
     def train(self, resume_from_checkpoint: bool | None = None, *, force: bool = False, profile: bool = False) -> dict[str, Any]:
         """The whole road: reward adapter (when the reward is the trained judge), GRPO, evaluation. Returns the evaluation.
 
-        With resume_from_checkpoint the run in output_dir goes on after its newest checkpoint. Raises PreflightError, before
-        anything is loaded, when the plan does not fit; `force` runs all the same. `profile` measures this machine and writes
-        profile.json: where the time went, beside what the machine could do.
+        With resume_from_checkpoint the run in output_dir goes on after its newest checkpoint; one that is finished is left as it is.
+        Raises PreflightError, before anything is loaded, when the plan does not fit; `force` runs all the same. `profile` measures
+        this machine and writes profile.json: where the time went, beside what the machine could do.
         """
         started = time.perf_counter()
+        done = resuming.finished_run(self.config) if resume_from_checkpoint else None
+        if done is not None:
+            self._run, steps, evaluation = done
+            self.view.note(f"nothing to do: {self.run.path} finished at step {steps}")
+            return evaluation
         with self._running(resume=bool(resume_from_checkpoint), force=force), self._profiled(started if profile else None):
-            checkpoint = self._checkpoint_to_go_on_from() if resume_from_checkpoint else None
-            if checkpoint is not None:
+            checkpoint = resuming.newest_checkpoint(self.run, self._warn) if resume_from_checkpoint else None
+            if resume_from_checkpoint and (self.run.reward / CALIBRATION).is_file():
                 self._load_reward()
             elif TRAINED in self.weights and not self._calibration:
                 self._train_reward()
             self._build_rewards()
-            if checkpoint is not None:
+            if resume_from_checkpoint:
                 self._go_on_from(checkpoint)
             self._loop()
             self.save_model(self.run.adapter)
@@ -176,15 +182,14 @@ class GRPOTrainer:
         retries = self.model.budget.halvings
         if self._profiler:
             self._profiler.begin(self.step)
-        while self.step < self.total_steps:
-            record, scored = self.stepper.train_step(self._prompts_of_step(self.step), self.step)
+        while self.step < self.total_steps and not self.updater.hard_stop.reached:
+            record, scored = self._step_or_save()
             self.step += 1
             self.run.append_metrics(record)
             self.run.append_samples(record.step, scored)
             self.run.event("step_time", step=record.step, seconds=dict(record.seconds))
             self.view.step(record, self.total_steps, group=scored[0])
-            for text in step_warnings(record, self.config, retries):
-                self._warn(text)
+            self._warn(*step_warnings(record, self.config, retries))
             retries = int(record.metrics["oom_retries"])
             stop = self.updater.over_budget()
             if stop:
@@ -196,9 +201,22 @@ class GRPOTrainer:
             if stop:
                 return
 
-    def _warn(self, text: str) -> None:
-        self.run.event("warn", text=text)
-        self.view.warn(text)
+    def _step_or_save(self) -> tuple[StepRecord, list[ScoredGroup]]:
+        """One step; what ends it early, a request or an error, must not cost the finished ones: an update it broke off took itself back."""
+        try:
+            return self.stepper.train_step(self._prompts_of_step(self.step), self.step)
+        except BaseException:
+            if self.step > self._saved_step and self.updater.intact:
+                try:
+                    self._save_checkpoint()
+                except Exception as error:
+                    self.view.warn(f"step {self.step} was not saved: {error}")
+            raise
+
+    def _warn(self, *texts: str) -> None:
+        for text in texts:
+            self.run.event("warn", text=text)
+            self.view.warn(text)
 
     # ---- before and after the loop
 
@@ -221,56 +239,46 @@ class GRPOTrainer:
     @contextmanager
     def _running(self, *, resume: bool, force: bool) -> Iterator[None]:
         """Everything a run needs, in the order in which it can fail cheaply; the outcome in run.json whatever happens."""
-        with self.view:
-            if self._run is None:
-                self._open_run(resume=resume, force=force)
+        with self.view, listening(self.config.max_minutes):
             try:
-                self._prepare(force=force)
+                with interruptible():
+                    if self._run is None:
+                        self._open_run(resume=resume, force=force)
+                    self._prepare(force=force)
+                if resume:
+                    resuming.check_data(self.run, self.data, self.config.dataset)
                 self.run.event("start", resume=resume)
                 yield
             except BaseException as error:
                 stopped = isinstance(error, KeyboardInterrupt)
-                status, text = ("stopped", "stopped by a signal") if stopped else ("failed", f"{type(error).__name__}: {error}")
-                self.run.event("error", text=text)
-                self.run.update_run(status=status, ended=time.time(), error=text)
+                status, text = ("stopped", f"stopped {error}".strip()) if stopped else ("failed", f"{type(error).__name__}: {error}")
+                if self._run is not None:
+                    self.run.event("error", text=text)
+                    self.run.update_run(status=status, ended=time.time(), error=text, **({"steps": self.step} if self.step else {}))
                 raise
             else:
                 self.run.event("end", step=self.step)
                 self.run.update_run(status="finished", ended=time.time(), steps=self.step)
             finally:
-                self.run.close()
+                if self._run is not None:
+                    self.run.close()
 
     def _open_run(self, *, resume: bool, force: bool) -> None:
         config = self.config
         self._read_rows(force=force or resume)  # a run that goes on is planned with what it recorded
         if resume:
-            if config.output_dir is None:
-                raise ValueError("resume_from_checkpoint needs output_dir: the folder of the run to go on with.")
-            self._run = RunDirectory.open(config.output_dir)
+            self._run, notes = resuming.opened_run(config)
             self._run.update_run(status="running", ended=None, error=None)
+            self._warn(*notes)
             return
         stem = f"{config.model_name.rstrip('/').rpartition('/')[2]}-{Path(config.dataset).name.partition('.')[0]}"
         path = Path(config.output_dir) if config.output_dir else next_run_path("runs", stem)
         RunDirectory.check(path)
         self._prepare(force=force)
-        info = {
-            "status": "running",
-            "started": time.time(),
-            "model": config.model_name,
-            "dataset": config.dataset,
-            "data": dict(self.data.counts),
-            "versions": {name: version(name) for name in ("gemma-grpo", "torch", "transformers", "peft")},
-            "completions_per_update": config.completions_per_step,
-            "precision": self.precision,
-            "plan": self.plan().to_dict(),
-        }
-        self._run = RunDirectory.create(path, dump_recipe(config), info, needed_bytes=self._bytes_to_write())
-
-    def _bytes_to_write(self) -> int:
-        """What checkpoints and adapters will take: in a checkpoint Adam's two moments lie beside the weights."""
+        info = preflight.run_info(config, self.data, self.precision, self.plan())
         adapter = sum(weight.numel() * weight.element_size() for weight in self.model.adapter_parameters("policy").values())
-        every = 0 if self._for_reward_alone else self.config.save_steps
-        return adapter * (3 * (self.total_steps // every if every else 0) + 5)
+        needed = preflight.bytes_to_write(config, adapter, 0 if self._for_reward_alone else self.total_steps)
+        self._run = RunDirectory.create(path, dump_recipe(config), info, needed_bytes=needed)
 
     def _prepare(self, *, force: bool) -> None:
         """Plan the memory, load the model, tokenise the data, lay out the steps; once."""
@@ -279,11 +287,11 @@ class GRPOTrainer:
         config = self.config
         rows = self._read_rows(force=force)
         if self._must_train_reward:
-            check_reward_can_be_had(rows, config)
+            preflight.check_reward_can_be_had(rows, config)
         plan = self.plan()
-        refuse_unless_it_fits(plan, force=force)
+        preflight.refuse_unless_it_fits(plan, force=force)
         self.view.note(plan.summary)
-        hold_to_limit(config)
+        preflight.hold_to_limit(config)
         self.view.phase("loading", config.model_name)
         self.model = Gemma.load(
             config.model_name, lora=config.lora, precision=config.precision, quantization=config.quantization, seed=config.seed
@@ -299,19 +307,18 @@ class GRPOTrainer:
         probed = self.model.fit_precision(probes, divisor=recorded.get("divisor"))
         self.precision = {"dtype": str(self.model.dtype).removeprefix("torch."), "quantization": config.quantization, **probed}
         self.steps_per_epoch = math.ceil(len(self.data.prompts) / config.prompts_per_step)
-        self.total_steps = math.ceil(config.epochs * self.steps_per_epoch)
-        if config.max_steps is not None:
-            self.total_steps = min(self.total_steps, config.max_steps)
+        steps = math.ceil(config.epochs * self.steps_per_epoch)
+        self.total_steps = steps if config.max_steps is None else min(steps, config.max_steps)
         self.updater = PolicyUpdater(self.model, config, self.total_steps)
         if self._must_train_reward:
-            check_pairs_are_left(rows, self.data, config)
+            preflight.check_pairs_are_left(rows, self.data, config)
         self._prepared = True
 
     def _read_rows(self, *, force: bool) -> Rows:
         """The dataset's rows, read once. A released model's size is known without asking anybody: what cannot fit reads none."""
         if self._rows is None:
             if self.config.model_name in known_shapes():
-                refuse_unless_it_fits(self.plan(), force=force)
+                preflight.refuse_unless_it_fits(self.plan(), force=force)
             self._rows = load_rows(self._dataset, self.config.data.source)
         return self._rows
 
@@ -342,7 +349,7 @@ class GRPOTrainer:
         release(self.model.device)
         with saving(self.run.reward):
             self.model.save_adapter("reward", self.run.reward)
-        self.run.write_json("reward/calibration.json", self._calibration)
+        self.run.write_json(f"reward/{CALIBRATION}", self._calibration)
         self.run.event("phase", name="reward adapter", seconds=time.perf_counter() - started)
         return self._calibration
 
@@ -356,7 +363,7 @@ class GRPOTrainer:
         given = self.config.reward_model.path
         folder = self.run.reward if given is None else Path(given)
         self.model.load_adapter("reward", folder)
-        path = folder / "calibration.json"
+        path = folder / CALIBRATION
         if not path.is_file():
             raise ValueError(f"{folder} has no calibration.json, which says how its rewards are scaled. Give a folder train-reward wrote.")
         self._calibration = json.loads(path.read_text(encoding="utf-8"))
@@ -371,26 +378,22 @@ class GRPOTrainer:
     def _save_checkpoint(self) -> None:
         tensors, controllers = self.updater.state()
         state = {"controllers": controllers, "num_tokens": self.stepper.num_tokens, "offsets": self.run.offsets()}
-        path = save_checkpoint(
-            self.run.checkpoints,
-            self.step,
-            save_policy=lambda folder: self.model.save_adapter("policy", folder / "policy"),
-            optimizer=tensors,
-            state=state,
-        )
+        folder, keep, policy = self.run.checkpoints, self.config.keep_checkpoints, self.model.adapter_files("policy")
+        path = save_checkpoint(folder, self.step, policy=policy, optimizer=tensors, state=state, keep=keep)
+        self._saved_step = self.step
         self.run.event("checkpoint", step=self.step, path=path.name)
 
-    def _checkpoint_to_go_on_from(self) -> Checkpoint:
-        checkpoint = latest_checkpoint(self.run.checkpoints)
+    def _go_on_from(self, checkpoint: Checkpoint | None) -> None:
+        self._warn(*resuming.differences(self.run))
         if checkpoint is None:
-            raise ValueError(f"{self.run.path} has no checkpoint to go on from. Train it again in another output_dir.")
-        return checkpoint
-
-    def _go_on_from(self, checkpoint: Checkpoint) -> None:
+            self.run.truncate({})
+            self.view.note("no step was saved before the run ended: it begins again")
+            return
         self.model.load_adapter("policy", checkpoint.policy)
         self.updater.load(checkpoint.optimizer, checkpoint.state["controllers"])
         self.run.truncate(checkpoint.state["offsets"])
-        self.step, self.stepper.num_tokens = checkpoint.step, checkpoint.state["num_tokens"]
+        self.step = self._saved_step = checkpoint.step
+        self.stepper.num_tokens = checkpoint.state["num_tokens"]
         self.view.note(
             f"resumed {checkpoint.path.name}: adapter, optimizer, controllers and data position; {self.step}/{self.total_steps} steps"
         )

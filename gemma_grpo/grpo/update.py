@@ -53,17 +53,40 @@ class PolicyUpdater:
         self.policy_loss = partial(POLICY_LOSSES[loss.type], clip_low=loss.clip_low, clip_high=loss.clip_high, dual_clip=loss.dual_clip)
         self.kl_estimator = KL_ESTIMATORS[kl.estimator] if kl.placement == "loss" else None
         self.loss_scale = LossScale(model.dtype)
+        self._start: tuple[list[Tensor], dict[str, Any]] | None = None
+        """Weights and optimizer before the first pass of an update, while there is one."""
 
     def update(self, batch: PolicyBatch, step: int) -> dict[str, float]:
         """All planning passes over one rollout batch; what they measured, by metric name.
 
-        Raises FloatingPointError, with nothing updated, when a loss or a gradient is not finite.
+        Whatever ends it early leaves weights, optimizer and controllers as they were: a request to stop, an error, or a loss or a
+        gradient that is not finite, which raises FloatingPointError.
         """
+        controllers, tokens = self._controller_states(), self.model.budget.tokens
+        self._start = None
+        try:
+            metrics = self._planning_passes(batch, step)
+        except BaseException:
+            if self._start is not None:
+                self._restore(self._start)
+            self._load_controllers(controllers)
+            self.model.budget.tokens = tokens  # which load never raises
+            self._start = None
+            raise
+        self._start = None
+        return metrics
+
+    @property
+    def intact(self) -> bool:
+        """Whether weights and optimizer are those after the last whole update: not when one that ended early could not be taken back."""
+        return self._start is None
+
+    def _planning_passes(self, batch: PolicyBatch, step: int) -> dict[str, float]:
         self._seed_dropout(step)
         self.loss_scale.relax()
         first: dict[str, float] = {}
         sums: dict[str, float] = {}
-        norm, kl_step, passes, taken, start = 0.0, 0.0, 0, None, None
+        norm, kl_step, passes, taken = 0.0, 0.0, 0, None
         for index in range(self.config.planning_steps):
             gradient, sums, logprobs = self._accumulate(batch)
             if index == 0:
@@ -73,14 +96,9 @@ class PolicyUpdater:
                 kl_step = sums["kl_step_sum"] / sums["tokens"]
                 if self._shortened(batch, taken, kl_step) or self.limit.before_pass(kl_step) == "stop":
                     break
-            try:
-                norm = self._checked_norm(gradient, sums, step)
-            except FloatingPointError:
-                if start is not None:  # an earlier pass led here
-                    self._restore(start)
-                raise
+            norm = self._checked_norm(gradient, sums, step)
             taken = (self._snapshot(), gradient, self.learning_rate(step * self.config.planning_steps + index))
-            start = start or taken[0]
+            self._start = self._start or taken[0]
             self._apply(gradient, taken[2])
             passes += 1
         else:
@@ -280,7 +298,7 @@ class PolicyUpdater:
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"{name}/{key}"] = value.detach().clone()
-        return tensors, {name: controller.state() for name, controller in self._controllers().items()}
+        return tensors, self._controller_states()
 
     def load(self, tensors: Mapping[str, Tensor], controllers: Mapping[str, Mapping[str, float]]) -> None:
         """Continue from what state() gave."""
@@ -289,8 +307,14 @@ class PolicyUpdater:
             # AdamW keeps its count of updates on the CPU, its moments where the weights are
             place = value.device if key == "step" else self.parameters[name].device
             self.optimizer.state[self.parameters[name]][key] = value.to(place, copy=True)
+        self._load_controllers(controllers)
+
+    def _controller_states(self) -> dict[str, dict[str, float]]:
+        return {name: controller.state() for name, controller in self._controllers().items()}
+
+    def _load_controllers(self, states: Mapping[str, Mapping[str, float]]) -> None:
         for name, controller in self._controllers().items():
-            controller.load(controllers[name])
+            controller.load(states[name])
 
     def _controllers(self) -> dict[str, AdaptiveBeta | HardStop | StepLimit | AdaptiveEntropy | TokenBudget | LossScale]:
         return {

@@ -21,6 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from gemma_grpo.data.batch import GroupBatch
 from gemma_grpo.model.grouped import Block, PackedAttention, block_limit, blocks_of
+from gemma_grpo.stopping import check
 
 ATTENTION_NAME = "gemma_grpo_grouped"
 
@@ -44,6 +45,7 @@ def grouped_attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, sliding_window=sliding_window, **kwargs
         )
         return plain[0], None
+    check()  # a layer is the largest piece of a pass that ends in time
     if dropout:
         raise ValueError(f"the model's attention_dropout is {dropout}; grouped attention has none, as Gemma 3. Set it to 0 in its config.")
     layer = int(module.layer_idx)  # type: ignore[arg-type]

@@ -6,16 +6,15 @@ states (logprobs.py).
 
 from __future__ import annotations
 
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
 from jaxtyping import Float
-from peft import LoraConfig, PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraModel
 from torch import Tensor
 from transformers import AutoTokenizer, Gemma3ForCausalLM, PreTrainedTokenizerBase
@@ -24,6 +23,7 @@ from gemma_grpo.access import checkpoint_folder
 from gemma_grpo.config.schema import LoraSettings
 from gemma_grpo.data.batch import pad_groups
 from gemma_grpo.data.chat import BOS_ID, END_OF_TURN_ID, START_OF_TURN_ID
+from gemma_grpo.model.adapters import adapter_files, one_line, read_adapter, write_adapter
 from gemma_grpo.model.attention import ATTENTION_NAME, GroupLayout
 from gemma_grpo.model.loading import check_tokenizer_files, empty_decoder, fill_decoder
 from gemma_grpo.model.memory import TokenBudget, explaining_exhaustion
@@ -162,29 +162,20 @@ class Gemma:
         """Name -> weight of one adapter, in a fixed order."""
         return {name: p for name, p in self.causal_lm.named_parameters() if f".{role}." in name and "lora_" in name}
 
+    def adapter_files(self, role: AdapterRole) -> dict[str, bytes]:
+        """One adapter as the files of a PEFT folder, by name: loadable by PeftModel.from_pretrained."""
+        return adapter_files(self.peft, role)
+
     def save_adapter(self, role: AdapterRole, folder: Path) -> None:
-        """Write one adapter as a PEFT folder, loadable by PeftModel.from_pretrained; an older one there is replaced whole."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as staging:
-            self.peft.save_pretrained(staging, selected_adapters=[role], save_embedding_layers=False)
-            folder.mkdir(exist_ok=True)
-            # the new ones in place before anything goes: a stop in between must not leave a folder without an adapter
-            new = {file.replace(folder / file.name).name for file in (Path(staging) / role).iterdir()}
-        for stale in folder.glob("adapter_*"):
-            if stale.name not in new:
-                stale.unlink()
+        """Write one adapter as a PEFT folder; an older one there is replaced."""
+        write_adapter(folder, self.adapter_files(role))
 
     def load_adapter(self, role: AdapterRole, path: Path) -> None:
         """Replace one adapter's weights by those of a PEFT folder (safetensors only).
 
         Raises ValueError, with nothing replaced, when it cannot be read, or its tensors or its scale are not this run's.
         """
-        for file in ("adapter_model.safetensors", "adapter_config.json"):
-            if not (path / file).is_file():
-                raise ValueError(f"{path} holds no {file}. Give the folder of a PEFT adapter.")
-        weights = _read_adapter(path, self.device)
-        _check_same_tensors(path, weights, self.adapter_parameters(role), role)
-        _check_same_scale(path, self.peft.peft_config[role])
+        weights = read_adapter(path, self.adapter_parameters(role), self.peft.peft_config[role], role)
         set_peft_model_state_dict(self.peft, weights, adapter_name=role)
 
     def enable_gradient_checkpointing(self) -> None:
@@ -205,23 +196,8 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # whatever a damaged file provokes in the library: the file is what must be mended
-        raise ValueError(f"{folder}: its tokenizer cannot be read ({_line(error)}). Download the checkpoint again.") from error
+        raise ValueError(f"{folder}: its tokenizer cannot be read ({one_line(error)}). Download the checkpoint again.") from error
     return tokenizer
-
-
-def _read_adapter(path: Path, device: torch.device) -> dict[str, Tensor]:
-    try:
-        weights = load_peft_weights(str(path), device=str(device))
-    except Exception as error:  # as above
-        raise ValueError(f"{path}: its adapter_model.safetensors cannot be read ({_line(error)}). Copy the adapter again.") from error
-    broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
-    if broken:
-        raise ValueError(f"{path}: {broken[0]} has numbers that are NaN or infinite. Take an earlier checkpoint's adapter.")
-    return weights
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _lora_config(lora: LoraSettings) -> LoraConfig:
@@ -232,32 +208,6 @@ def _lora_config(lora: LoraSettings) -> LoraConfig:
         target_modules=list(lora.target_modules),
         task_type="CAUSAL_LM",
     )
-
-
-def _check_same_tensors(path: Path, weights: Mapping[str, Tensor], own: Mapping[str, Tensor], role: AdapterRole) -> None:
-    # peft writes   base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight,
-    # a parameter is                 model.layers.0.self_attn.q_proj.lora_A.policy.weight
-    expected = {f"base_model.model.{name.replace(f'.{role}.', '.')}": tuple(weight.shape) for name, weight in own.items()}
-    found = {name: tuple(weight.shape) for name, weight in weights.items()}
-    differing = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
-    if differing:
-        first = differing[0]
-        raise ValueError(
-            f"{path} is not an adapter of this run's shape: {len(differing)} tensors differ, first {first}, which is "
-            f"{found.get(first, 'absent')} there and {expected.get(first, 'absent')} here. Use the lora settings it was trained with."
-        )
-
-
-def _check_same_scale(path: Path, own: PeftConfig) -> None:
-    # the weights alone do not say by how much they count: another alpha is a silently different model
-    try:
-        saved = LoraConfig.from_pretrained(str(path))
-    except Exception as error:
-        raise ValueError(f"{path}: its adapter_config.json cannot be read ({_line(error)}). Copy the adapter again.") from error
-    for field in ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
-        found, expected = getattr(saved, field), getattr(own, field)
-        if found != expected:
-            raise ValueError(f"{path} was trained with {field}={found}, this run has {expected}. Use the settings it was trained with.")
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:

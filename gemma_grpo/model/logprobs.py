@@ -17,6 +17,7 @@ from gemma_grpo.data.batch import GroupBatch
 from gemma_grpo.model.attention import GroupLayout
 from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.model.precision import float32_product
+from gemma_grpo.stopping import check
 
 TILE = {"cpu": (256, 8192), "cuda": (1024, 16384)}
 """Tokens and words of the logits that exist at a time, in three copies: on a CPU they stay in its cache."""
@@ -76,6 +77,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         logprobs, entropy = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2))
         slopes = hidden.new_empty((gradient * (1 + entropy_gradient), *hidden.shape), dtype=torch.float32)
         for start in range(0, len(hidden), tokens):
+            check()
             piece = slice(start, start + tokens)
             sums = _Sums(hidden[piece], targets[piece], len(slopes))
             for words in _tiles(head_weight):

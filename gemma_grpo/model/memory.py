@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gemma_grpo.data.batch import GroupBatch, Slot
+from gemma_grpo.stopping import check
 
 Batch = TypeVar("Batch", bound=GroupBatch)
 Result = TypeVar("Result")
@@ -54,6 +55,7 @@ class TokenBudget:
         device = batch.prompt_ids.device
         waiting = list(batch.slots(self.tokens, whole_groups=whole_groups))
         while waiting:
+            check()
             piece, draws = batch.piece(waiting[0]), _random_states(device)
             try:
                 result = work(piece)

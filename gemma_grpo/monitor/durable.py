@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from gemma_grpo.disk import write_whole
 
 
 class RunDirectoryError(ValueError):
@@ -82,29 +83,8 @@ def append_whole(path: Path, data: bytes) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash at any moment, sees the old content or the new, never a mixture."""
-    temporary = path.with_name(f".{path.name}.tmp")
     with translated(path):
-        try:
-            with temporary.open("wb") as file:
-                file.write(text.encode())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # a folder cannot be opened there
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        write_whole(path, text.encode())
 
 
 def cut_torn_line(path: Path) -> None:
@@ -115,4 +95,5 @@ def cut_torn_line(path: Path) -> None:
         for line in log:
             if line.endswith(b"\n"):
                 whole += len(line)
-        log.truncate(whole)
+        if whole < log.tell():
+            log.truncate(whole)

@@ -18,6 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from gemma_grpo.disk import DISK
 from gemma_grpo.monitor.durable import RunDirectoryError, append_whole, cut_torn_line, to_json, translated, write_atomically
 from gemma_grpo.types import ScoredGroup, StepRecord
 
@@ -263,6 +264,8 @@ def _make_folders(path: Path) -> list[Path]:
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     with translated(path):
         path.mkdir(parents=True, exist_ok=True)
+        for folder in missing:
+            DISK.sync(folder.parent)
     return missing
 
 

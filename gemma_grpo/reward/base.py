@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from numbers import Real
 from typing import Any, Protocol, TypeAlias
 
+from gemma_grpo.stopping import check
 from gemma_grpo.types import RolloutGroup
 
 Scores: TypeAlias = "list[list[float | None]]"
@@ -85,6 +86,7 @@ class RewardStack:
         totals: Scores = [[None] * len(group.completions) for group in groups]
         raw: dict[str, Scores] = {}
         for part in self.parts:
+            check()
             name = part.reward.name
             raw[name] = validate_scores(part.reward.score(groups), groups, name)
             shaped = validate_scores(part.shape(raw[name], groups), groups, f"{name} (shaped)") if part.shape else raw[name]

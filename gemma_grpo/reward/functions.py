@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_grpo.reward.base import RewardError, Scores, validate_flat
+from gemma_grpo.stopping import interruptible
 from gemma_grpo.types import RolloutGroup
 
 OWN_ARGUMENTS = ("prompts", "completions", "completion_ids")
@@ -42,9 +43,10 @@ class FunctionReward:
         arguments = self._accepted(call_arguments(groups, self.name))
         count = sum(len(group.completions) for group in groups)
         try:
-            result = self.function(**arguments)
-            if inspect.isawaitable(result):
-                result = _awaited(result)
+            with interruptible():
+                result = self.function(**arguments)
+                if inspect.isawaitable(result):
+                    result = _awaited(result)
         except Exception as error:
             raise RewardError(f"reward {self.name!r} raised {type(error).__name__}: {error}. Mend it, or return None there.") from error
         flat = iter(validate_flat(result, count, self.name))

@@ -23,6 +23,7 @@ from gemma_grpo.model.memory import is_out_of_memory
 from gemma_grpo.rollout.engine import SamplingParams
 from gemma_grpo.rollout.sampling import draw, filtered, uniforms
 from gemma_grpo.room import Room
+from gemma_grpo.stopping import check
 
 LogitsProcessor = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(logits [B V] float32, completions [B], positions [B]) -> logits: changes what is sampled, before the temperature.
@@ -85,6 +86,7 @@ class RunningRows:
         """Up to `most` tokens of every row, none once every row must have ended."""
         left = max(self.room.length - 1 - length for length, alive in zip(self.cache.host_lengths, self.alive, strict=True) if alive)
         for _ in range(min(most, left)):
+            check()
             extent = self.cache.extent(length_step)
             if self._graphs is None:
                 self._step(extent)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from gemma_grpo import stopping
 from gemma_grpo.checkpoint import CheckpointError
+from gemma_grpo.grpo import resuming
+from gemma_grpo.grpo.resuming import ResumeError
+from gemma_grpo.monitor.events import RunDirectory
 from gemma_grpo.reward.base import RewardError
+from gemma_grpo.stopping import Stopped
 
 DEMANDING: dict[str, Any] = {
     "max_steps": 4,
     "save_steps": 1,
+    "keep_checkpoints": None,
     "planning_steps": 2,
     "lora.dropout": 0.1,
     "optimizer.schedule": "cosine",
@@ -161,27 +169,94 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(train_tiny, uninte
     assert [line["step"] for line in run.lines("events.jsonl") if line["kind"] == "step_time"] == [1, 2, 3, 4, 3, 4]
 
 
-def test_continuing_a_finished_run_changes_nothing(train_tiny, uninterrupted, tmp_path):
+def test_a_finished_run_has_nothing_to_do_and_no_file_of_it_is_changed(tiny_trainer, uninterrupted, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted.path, folder)
-    assert_same_run(train_tiny(resume=True, reward=some_reward, output_dir=str(folder), **DEMANDING), uninterrupted)
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+    trainer = tiny_trainer(reward=some_reward, output_dir=str(folder), **DEMANDING)
+    assert trainer.train(resume_from_checkpoint=True) == uninterrupted.evaluation
+    assert f"nothing to do: {folder} finished at step 4" in capsys.readouterr().out.replace("\n", "")
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_goes_on_when_it_is_made_longer(train_tiny, tmp_path):
+    settings = {"save_steps": 1, "reward": some_reward, "data.max_prompts": 8, "epochs": 2.0, "optimizer.schedule": "constant"}
+    whole = train_tiny(max_steps=3, **settings)
+    shorter = train_tiny(max_steps=2, output_dir=str(tmp_path / "run"), **settings)
+    assert_same_run(train_tiny(resume=True, max_steps=3, output_dir=str(shorter.path), **settings), whole)
+    assert "max_steps changed from 2 to 3" in whole_text(shorter.path / "events.jsonl")
+
+
+def whole_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 def test_a_run_without_a_whole_checkpoint_cannot_continue(tiny_trainer, uninterrupted, tmp_path):
     folder = cut_back(uninterrupted, 1, tmp_path / "run")
     (folder / "checkpoints" / "step-00000001" / "state.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
-        tiny_trainer(reward=some_reward, output_dir=str(folder), **DEMANDING).train(resume_from_checkpoint=True)
-    shutil.rmtree(folder / "checkpoints")
-    with pytest.raises(ValueError, match=r"has no checkpoint to go on from\. Train it again in another output_dir"):
+    with pytest.raises(CheckpointError, match=r"no usable checkpoint in .*; 1 damaged"):
         tiny_trainer(reward=some_reward, output_dir=str(folder), **DEMANDING).train(resume_from_checkpoint=True)
 
 
-def test_a_run_that_ended_during_the_reward_has_no_checkpoint_to_go_on_from(tiny_trainer, with_trained_reward, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(train_tiny, uninterrupted, tmp_path):
+    folder = cut_back(uninterrupted, 3, tmp_path / "run")
+    (folder / "checkpoints" / "step-00000003" / "optimizer.safetensors").write_bytes(b"")
+    run = train_tiny(resume=True, reward=some_reward, output_dir=str(folder), **DEMANDING)
+    assert_same_run(run, uninterrupted)
+    assert "step-00000003 damaged (optimizer.safetensors: size 0, not" in run.text("events.jsonl")
+    assert "using step-00000002" in run.text("events.jsonl")
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(train_tiny, uninterrupted, tmp_path):
+    folder = cut_back(uninterrupted, 0, tmp_path / "run")
+    assert_same_run(train_tiny(resume=True, reward=some_reward, output_dir=str(folder), **DEMANDING), uninterrupted)
+
+
+@pytest.mark.parametrize("left", ["nothing", "the adapter alone", "all of it"])
+def test_a_run_that_ended_around_its_rewards_training_continues(train_tiny, with_trained_reward, tmp_path, left):
     folder = cut_back(with_trained_reward, 0, tmp_path / "run")
-    shutil.rmtree(folder / "reward")
-    with pytest.raises(ValueError, match="has no checkpoint to go on from"):
-        tiny_trainer(reward={"generative": 1.0}, output_dir=str(folder), **DEMANDING).train(resume_from_checkpoint=True)
+    if left == "nothing":
+        shutil.rmtree(folder / "reward")
+    elif left == "the adapter alone":
+        (folder / "reward" / "calibration.json").unlink()
+    run = train_tiny(resume=True, reward={"generative": 1.0, "length": 0.1}, output_dir=str(folder), **DEMANDING)
+    assert_same_run(run, with_trained_reward)
+    assert run.text("reward/calibration.json") == with_trained_reward.text("reward/calibration.json")
+
+
+# ---- with other settings, other data, another machine
+
+
+REFUSED = {"learning_rate": (0.02, 0.1), "lora.r": (8, 4), "planning_steps": (2, 1), "kl.beta": (0.05, 0.1), "seed": (0, 1)}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_setting_that_steps_were_made_with_cannot_change(tiny_trainer, uninterrupted, tmp_path, name):
+    folder = cut_back(uninterrupted, 2, tmp_path / "run")
+    before = (folder / "metrics.jsonl").read_bytes()
+    began = dict(resuming._leaves(uninterrupted.trainer.config.model_dump()))[name]
+    changed = {**DEMANDING, name: REFUSED[name][began == REFUSED[name][0]]}
+    with pytest.raises(ResumeError, match=rf"cannot go on with other settings:\n  {name}: the run began with {began}, now it is"):
+        tiny_trainer(reward=some_reward, output_dir=str(folder), **changed).train(resume_from_checkpoint=True)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    RunDirectory.open(folder).close()  # the lock is free
+
+
+def test_other_data_is_refused(tiny_trainer, uninterrupted, tmp_path):
+    folder, rows = cut_back(uninterrupted, 2, tmp_path / "run"), list(uninterrupted.trainer._dataset)
+    for other in ([{**rows[0], "chosen": rows[0]["chosen"] + " indeed"}, *rows[1:]], rows[1:], [*rows[1:], rows[0]]):
+        with pytest.raises(ResumeError, match=r"the dataset fingerprint [0-9a-f]{12} does not match [0-9a-f]{12}, with which .* began"):
+            tiny_trainer(reward=some_reward, dataset=other, output_dir=str(folder), **DEMANDING).train(resume_from_checkpoint=True)
+
+
+def test_what_keeps_it_from_being_the_same_to_the_bit_is_said(train_tiny, uninterrupted, tmp_path):
+    folder = cut_back(uninterrupted, 3, tmp_path / "run")
+    info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    threads = info["environment"]["threads"]
+    info["environment"]["threads"] = threads + 7
+    (folder / "run.json").write_text(json.dumps(info), encoding="utf-8")
+    run = train_tiny(resume=True, reward=some_reward, output_dir=str(folder), **DEMANDING)
+    assert f"not bit for bit: threads {threads + 7} -> {threads}" in run.text("events.jsonl")
 
 
 def test_an_interrupted_run_is_marked_stopped_and_continues(train_tiny, tiny_trainer, uninterrupted, tmp_path):
@@ -193,6 +268,44 @@ def test_an_interrupted_run_is_marked_stopped_and_continues(train_tiny, tiny_tra
         tiny_trainer(reward=interrupted, **settings).train(resume_from_checkpoint=True)
     assert '"status": "stopped"' in (tmp_path / "run" / "run.json").read_text(encoding="utf-8")
     assert_same_run(train_tiny(resume=True, reward=some_reward, **settings), uninterrupted)
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Lets the time be up at the check with this number, from 0; gives how many checks there were."""
+
+    def arranged(number: int) -> list[int]:
+        readings = []
+
+        def monotonic() -> float:
+            readings.append(len(readings))  # the first is listening's own
+            return 1e9 if len(readings) - 2 >= number else 0.0
+
+        monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=monotonic))
+        return readings
+
+    return arranged
+
+
+@pytest.mark.parametrize("share", [0.01, 0.06, 0.1, 0.13, 0.2, 0.24, 0.31, 0.38, 0.45, 0.52, 0.6, 0.66, 0.73, 0.8, 0.87, 0.94, 0.99])
+def test_a_run_stopped_between_any_two_pieces_of_work_loses_no_finished_step(
+    train_tiny, tiny_trainer, uninterrupted, tmp_path, stop_at, share
+):
+    settings = {**DEMANDING, "save_steps": 0, "reward": some_reward}
+    readings = stop_at(10**9)
+    train_tiny(max_minutes=1, **settings)
+    assert len(readings) > 100
+    stop_at(int(share * (len(readings) - 1)))
+    folder = {"output_dir": str(tmp_path / "run")}
+    with pytest.raises(Stopped, match="its time is up"):
+        tiny_trainer(max_minutes=1, **settings, **folder).train()
+    info = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert info["status"] == "stopped"
+    finished = info.get("steps", 0)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == finished
+    if finished:
+        assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{finished:08d}"]
+        assert_same_run(train_tiny(resume=True, **settings, **folder), uninterrupted)
 
 
 def test_continuing_needs_the_folder_of_a_run(tiny_trainer, tmp_path):

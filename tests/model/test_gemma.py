@@ -235,6 +235,18 @@ def test_each_role_is_saved_with_its_own_weights(new_gemma: Callable[..., Gemma]
     assert unchanged(written, own)
 
 
+@pytest.mark.parametrize("role", ["policy", "reward"])
+def test_an_adapters_files_are_those_that_peft_writes(new_gemma: Callable[..., Gemma], tmp_path: Path, role: Any) -> None:
+    model = new_gemma()
+    files = model.adapter_files(role)
+    model.peft.save_pretrained(str(tmp_path), selected_adapters=[role], save_embedding_layers=False)
+    theirs = {path.name: path.read_bytes() for path in (tmp_path / role).iterdir()}
+    assert files.keys() == theirs.keys()
+    assert files["adapter_model.safetensors"] == theirs["adapter_model.safetensors"]
+    mine, other = (json.loads(content["adapter_config.json"]) for content in (files, theirs))
+    assert mine == {**other, "target_modules": sorted(other["target_modules"])}
+
+
 def test_saving_again_replaces_the_older_adapter_and_leaves_no_staging(saved: tuple[Gemma, Path]) -> None:
     model, folder = saved
     (folder / "calibration.json").write_text("{}")
