@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.__main__ import BEGIN, DOCUMENT, END, missed, read_reports, table, with_table
+from bench.__main__ import BEGIN, DOCUMENT, END, FASTER, RESULTS, chart, missed, read_reports, table, with_table
 from bench.growth import law
 from bench.protocol import MIB
 from bench.step import PEER_PYTHON, missing, run
@@ -40,6 +40,17 @@ def test_the_table_replaces_what_is_between_the_marks() -> None:
 def test_the_document_shows_the_committed_results() -> None:
     text, reports = DOCUMENT.read_text(encoding="utf-8"), read_reports()
     assert text == with_table(text, table(reports))
+    assert (RESULTS / "step.svg").read_text(encoding="utf-8") == chart(reports)
+    assert (RESULTS / "growth.svg").is_file()
+
+
+def test_the_committed_results_keep_what_is_promised() -> None:
+    reports = read_reports()
+    assert {(report["setting"]["model"], report["setting"]["workload"]) for report in reports} >= set(FASTER) - {("4b", "b")}
+    assert not missed(reports)
+    assert all(max(report["agreement"]["relative_difference"].values()) <= 1e-4 for report in reports)
+    growth = json.loads((RESULTS / "growth.json").read_text(encoding="utf-8"))
+    assert all(one["holds"] for one in growth["laws"])
 
 
 def test_what_cannot_be_measured_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
