@@ -20,6 +20,7 @@ ROWS: dict[str, float] = {
     "room": 0,
     "disk": 0,
     "stopping": 0,
+    "watchdog": 0,
     "shapes": 1,  # on the adapter's settings
     "access": 1.5,  # on the names that shapes knows
     "grpo.advantages": 1,

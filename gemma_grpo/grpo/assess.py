@@ -20,8 +20,9 @@ from gemma_grpo.grpo.setup import Gold
 from gemma_grpo.grpo.step import reference_logprobs, role_logprobs, sampling_params
 from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.reward.base import RewardStack
-from gemma_grpo.reward.generative import GenerativeReward, Judge, Progress, score_pairs, train_reward_adapter
+from gemma_grpo.reward.generative import GenerativeReward, Judge, score_pairs
 from gemma_grpo.reward.quality import accuracy, quality_report
+from gemma_grpo.reward.training import RewardTraining
 from gemma_grpo.reward.zero_shot import ZeroShotJudge
 from gemma_grpo.rollout.engine import RolloutEngine, SamplingParams
 from gemma_grpo.types import Prompt, RolloutGroup
@@ -40,16 +41,17 @@ def train_and_measure_reward(
     config: GRPOConfig,
     *,
     gold: Callable[[EncodedPair], float] | None = None,
-    progress: Progress | None = None,
+    run: Callable[[RewardTraining], None] = RewardTraining.run,
 ) -> dict[str, Any]:
     """Train the "reward" adapter on the first pairs and say how good it is on the second: the content of calibration.json.
 
-    `gold` gives a pair's true margin where it is known: accuracy against flipped labels cannot exceed 80 % in the miniature.
+    `run` makes the training's updates: who can save and go on gives another. `gold` gives a pair's true margin where it is known:
+    accuracy against flipped labels cannot exceed 80 % in the miniature.
     """
     train, held_out = pairs
     judge = Judge(model)
     zero_shot = score_pairs(judge, held_out, "reference")
-    train_reward_adapter(judge, train, config.reward_model, seed=config.seed, progress=progress)
+    run(RewardTraining(judge, train, config.reward_model, seed=config.seed))
     scores = score_pairs(judge, held_out, "reward")
     report = {"pairs_trained": len(train), **quality_report([pair.pair for pair in held_out], scores, zero_shot)}
     if gold is not None:

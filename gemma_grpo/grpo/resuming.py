@@ -89,12 +89,12 @@ def fingerprint(data: TrainingData) -> str:
     return digest.hexdigest()
 
 
-def origin(config: GRPOConfig, data: str, checksums: Mapping[str, str]) -> dict[str, str]:
-    """What a checkpoint is of, each as a SHA-256: the data (their fingerprint), the base, and the settings that may not change."""
+def origin(run: RunDirectory, config: GRPOConfig, checksums: Mapping[str, str]) -> dict[str, str]:
+    """What a run's checkpoints are of, each as a SHA-256: the data, the base, and the settings that may not change."""
     settings = {name: value for name, value in _settings(config).items() if not name.startswith(MAY_CHANGE)}
     hashed = {"settings": settings, "base": dict(checksums)}
     digests = {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for name, value in hashed.items()}
-    return {"data": data, **digests}
+    return {"data": str(run.read_run().get("fingerprint")), **digests}
 
 
 def environment() -> dict[str, Any]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from gemma_grpo.data.prompts import order
 from gemma_grpo.grpo import preflight, resuming
 from gemma_grpo.grpo.assess import evaluate_policy, train_and_measure_reward
 from gemma_grpo.grpo.explain import NoSignalError, no_signal, step_warnings
-from gemma_grpo.grpo.keeping import Keeper
+from gemma_grpo.grpo.keeping import Keeper, RewardKeeper
 from gemma_grpo.grpo.progress import StepUnderWay
 from gemma_grpo.grpo.setup import (
     TRAINED,
@@ -348,14 +349,16 @@ class GRPOTrainer:
             return self._calibration
         self.view.phase("reward adapter", f"no reward given: training one on {len(self.data.pairs)} preference pairs")
         started = time.perf_counter()
-        data, watched = self.data, {"gold": gold_margin(self._dataset), "progress": self._reward_progress}
+        data, gold, keeper = self.data, gold_margin(self._dataset), RewardKeeper(self.run, self.config, self._warn)
         pairs, prompts = (data.pairs, data.held_out_pairs), data.held_out_prompts or data.prompts
+        run = partial(keeper.train, progress=self._reward_progress)
         with watchdog.phase("reward training", f"{len(data.pairs)} pairs"):
-            self._calibration = train_and_measure_reward(self.model, self.engine, pairs, prompts, self.config, **watched)  # type: ignore[arg-type]
+            self._calibration = train_and_measure_reward(self.model, self.engine, pairs, prompts, self.config, gold=gold, run=run)
         release(self.model.device)
         with saving(self.run.reward):
             self.model.save_adapter("reward", self.run.reward)
         self.run.write_json(f"reward/{CALIBRATION}", self._calibration)
+        keeper.done()
         self.run.event("phase", name="reward adapter", seconds=time.perf_counter() - started)
         return self._calibration
 
@@ -380,8 +383,7 @@ class GRPOTrainer:
         self.rewards = build_reward_stack(self._function, self.weights, self.model, self.config, mean, judge=judge)
         clock = self._profiler.clock if self._profiler else time.perf_counter
         self.stepper = Stepper(self.model, self.engine, self.rewards, self.updater, self.config, judge=judge, clock=clock)
-        origin = resuming.origin(self.config, resuming.fingerprint(self.data), self.model.checksums)
-        self.keeper = Keeper(self.run, self.stepper, origin, self.config.keep_checkpoints)
+        self.keeper = Keeper(self.run, self.config, self.stepper)
 
     def _go_on_from(self, checkpoint: Checkpoint | None) -> None:
         self._warn(*resuming.differences(self.run))
