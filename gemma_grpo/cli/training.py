@@ -10,8 +10,10 @@ import typer
 
 from gemma_grpo.access import checkpoint_folder
 from gemma_grpo.cards import present_card
+from gemma_grpo.cli.printing import say
 from gemma_grpo.cli.summary import evaluation_lines, read_calibration, reward_lines
-from gemma_grpo.config import GRPOConfig, load_recipe, parse_overrides, printable
+from gemma_grpo.config import GRPOConfig, load_recipe, parse_overrides
+from gemma_grpo.escapes import printable
 from gemma_grpo.planner import PreflightError, find_shape, plan_run
 
 if TYPE_CHECKING:
@@ -38,22 +40,22 @@ def train(
     goes_on = resume or (output is not None and (Path(output) / "recipe.yaml").is_file())
     trainer = _trainer(recipe, overrides, check_fit=not (force or goes_on))
     if dry_run:
-        print("\n".join(plan_lines(trainer.dry_run(force=force))))
+        say(*plan_lines(trainer.dry_run(force=force)))
         return
 
     from gemma_grpo.monitor.report import write_report
 
     evaluation = trainer.train(resume_from_checkpoint=goes_on, force=force, profile=profile)
     path = write_report(trainer.run_dir)
-    print("\n".join(["", *reward_lines(read_calibration(trainer.run_dir)), *evaluation_lines(evaluation)]))
-    print(f"adapter: {trainer.run_dir / 'adapter'}\nreport:  {path}")
+    say("", *reward_lines(read_calibration(trainer.run_dir)), *evaluation_lines(evaluation))
+    say(f"adapter: {trainer.run_dir / 'adapter'}\nreport:  {path}")
 
 
 def train_reward(recipe: Recipe, overrides: Overrides = None, force: Force = False) -> None:
     """Train only the reward adapter on the preference pairs, and measure it on held-out ones."""
     trainer = _trainer(recipe, overrides)
     calibration = trainer.train_reward(force=force)
-    print("\n".join([*reward_lines(calibration), f"reward adapter: {trainer.run_dir / 'reward'}"]))
+    say(*reward_lines(calibration), f"reward adapter: {trainer.run_dir / 'reward'}")
 
 
 def evaluate(run: Run) -> None:
@@ -63,22 +65,22 @@ def evaluate(run: Run) -> None:
     trainer = GRPOTrainer.from_run(run)
     with trainer.view:
         evaluation = trainer.evaluate()
-    print("\n".join(evaluation_lines(evaluation)))
-    print(f"details: {trainer.run_dir / 'evaluation.json'}")
+    say(*evaluation_lines(evaluation))
+    say(f"details: {trainer.run_dir / 'evaluation.json'}")
 
 
 def report(run: Run) -> None:
     """Write report.html: curves, before and after, settings and samples in one file that needs no network."""
     from gemma_grpo.monitor.report import write_report
 
-    print(write_report(run))
+    say(str(write_report(run)))
 
 
 def _trainer(recipe: str, overrides: list[str] | None, *, check_fit: bool = False) -> GRPOTrainer:
     """The trainer of a recipe, once the settings are known to be right: their errors must not wait for torch."""
     settings = parse_overrides(overrides or [], recipe)
     config = load_recipe(recipe, settings)
-    print(update_line(config), flush=True)
+    say(update_line(config), flush=True)
     checkpoint_folder(config.model_name, weights=False)  # what the Hub refuses must not wait for torch either
     if check_fit:  # nor what does not fit; the trainer plans again, with the card that torch gives it
         plan = plan_run(config, find_shape(config.model_name), present_card())
@@ -94,7 +96,7 @@ def _trainer(recipe: str, overrides: list[str] | None, *, check_fit: bool = Fals
 def update_line(config: GRPOConfig) -> str:
     """The product that batch_size alone does not tell."""
     return (
-        f"{config.model_name}: {config.batch_size} prompts x {config.gradient_accumulation_steps} accumulation x "
+        f"{printable(config.model_name)}: {config.batch_size} prompts x {config.gradient_accumulation_steps} accumulation x "
         f"{config.num_generations} completions = {config.completions_per_step} completions per update"
     )
 
@@ -104,6 +106,6 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     lines = [str(plan["plan"]), "", f"{plan['steps']} steps", *(f"{name}: {value}" for name, value in plan["counts"].items())]
     lines.append("rewards: " + ", ".join(f"{name} x {weight:g}" for name, weight in plan["rewards"].items()))
     for prompt in plan["prompts"]:
-        lines.append(f"prompt {prompt.prompt_id}, {len(prompt.token_ids)} tokens:")
+        lines.append(f"prompt {printable(prompt.prompt_id)}, {len(prompt.token_ids)} tokens:")
         lines += [f"  {message['role']}: {printable(message['content'])}" for message in prompt.messages]
     return [*lines, "nothing was written"]

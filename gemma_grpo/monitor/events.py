@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from gemma_grpo.disk import DISK
 from gemma_grpo.monitor.durable import RunDirectoryError, append_whole, cut_torn_line, to_json, translated, write_atomically
+from gemma_grpo.redact import redact_all
 from gemma_grpo.types import ScoredGroup, StepRecord
 
 __all__ = ["RunDirectory", "RunDirectoryError", "next_run_path"]
@@ -52,7 +53,7 @@ class RunDirectory:
             run = cls(path, _acquire(path))
             try:
                 _refuse_existing_run(path)  # again under the lock: another process may have been as quick
-                for name, text in {RECIPE: recipe_text, RUN: to_json(RUN, dict(info), indent=2), **dict.fromkeys(_LOGS, "")}.items():
+                for name, text in {RECIPE: recipe_text, RUN: to_json(RUN, redact_all(info), indent=2), **dict.fromkeys(_LOGS, "")}.items():
                     write_atomically(path / name, text)
                     written.append(path / name)
             except BaseException:
@@ -121,8 +122,8 @@ class RunDirectory:
         self._append(SAMPLES, *(_sample(step, group) for group in groups))
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Add a line to events.jsonl: `kind`, the time in seconds since 1970, and `fields`."""
-        self._append(EVENTS, {"time": round(time.time(), 3), "kind": kind, **fields})
+        """Add a line to events.jsonl: `kind`, the time in seconds since 1970, and `fields`, secrets in them taken out."""
+        self._append(EVENTS, {"time": round(time.time(), 3), "kind": kind, **redact_all(fields)})
 
     def write_json(self, name: str, data: Mapping[str, Any]) -> Path:
         """Replace `name` (relative to the run directory, "reward/calibration.json") by `data`, whole or not at all."""
@@ -147,8 +148,8 @@ class RunDirectory:
         return data
 
     def update_run(self, **fields: Any) -> None:
-        """Set fields of run.json, keeping the others."""
-        self.write_json(RUN, {**self.read_run(), **fields})
+        """Set fields of run.json, keeping the others; secrets are taken out."""
+        self.write_json(RUN, {**self.read_run(), **redact_all(fields)})
 
     def offsets(self) -> dict[str, int]:
         """Sizes in bytes of metrics.jsonl and samples.jsonl, after they have reached the disk: what a checkpoint stores."""

@@ -18,9 +18,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from gemma_grpo.escapes import visible
 from gemma_grpo.monitor import findings
 from gemma_grpo.monitor.charts import Series, calibration_curve, curve
-from gemma_grpo.monitor.escapes import visible
 from gemma_grpo.monitor.profile_table import TITLE, profile_notes, profile_rows
 from gemma_grpo.monitor.run_files import Record, RunFiles, read_run_files, real, records
 
