@@ -116,7 +116,7 @@ def test_a_setting_that_holds_a_secret_is_refused_without_repeating_it(setting: 
 
 
 def test_an_error_of_the_schema_itself_does_not_quote_the_input() -> None:
-    with pytest.raises(ValueError, match="whole number|valid integer") as refused:
+    with pytest.raises(ValueError, match="valid integer") as refused:
         GRPOConfig(seed=f"password={HF}")  # type: ignore[arg-type]
     assert HF not in str(refused.value)
 

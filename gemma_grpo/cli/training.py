@@ -10,6 +10,7 @@ import typer
 
 from gemma_grpo.access import checkpoint_folder
 from gemma_grpo.cards import present_card
+from gemma_grpo.cli.allowing import AllowCode, CodeHash, allowed_code
 from gemma_grpo.cli.printing import say
 from gemma_grpo.cli.summary import evaluation_lines, read_calibration, reward_lines
 from gemma_grpo.config import GRPOConfig, load_recipe, parse_overrides
@@ -18,6 +19,7 @@ from gemma_grpo.planner import PreflightError, find_shape, plan_run
 
 if TYPE_CHECKING:
     from gemma_grpo.grpo.trainer import GRPOTrainer
+    from gemma_grpo.reward.allowed_code import CodeFile
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a name from `gemma-grpo recipes list`.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings on top, such as max_steps=20 kl.beta=0.1.")]
@@ -32,13 +34,16 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in output_dir; done anyway where there is one.")] = False,
     force: Force = False,
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time goes, beside what this machine could do.")] = False,
+    allow_code: AllowCode = None,
+    code_sha256: CodeHash = None,
 ) -> None:
     """Train a policy: the reward adapter first if there is none, then GRPO, then before and after on held-out prompts."""
     if dry_run and profile:
         raise ValueError("--dry-run makes no step, so there is nothing to profile. Leave one of the two out.")
     output = load_recipe(recipe, parse_overrides(overrides or [], recipe)).output_dir
     goes_on = resume or (output is not None and (Path(output) / "recipe.yaml").is_file())
-    trainer = _trainer(recipe, overrides, check_fit=not (force or goes_on))
+    code = allowed_code(allow_code, code_sha256, Path(output) if goes_on and output else None)
+    trainer = _trainer(recipe, overrides, check_fit=not (force or goes_on), code=code)
     if dry_run:
         say(*plan_lines(trainer.dry_run(force=force)))
         return
@@ -58,11 +63,14 @@ def train_reward(recipe: Recipe, overrides: Overrides = None, force: Force = Fal
     say(*reward_lines(calibration), f"reward adapter: {trainer.run_dir / 'reward'}")
 
 
-def evaluate(run: Run) -> None:
+def evaluate(run: Run, allow_code: AllowCode = None, code_sha256: CodeHash = None) -> None:
     """Compare before and after on held-out prompts, and write evaluation.json."""
+    code = allowed_code(allow_code, code_sha256, run)
+    config = None if code is None else load_recipe(run / "recipe.yaml")
+    from gemma_grpo.grpo.setup import functions_of
     from gemma_grpo.grpo.trainer import GRPOTrainer
 
-    trainer = GRPOTrainer.from_run(run)
+    trainer = GRPOTrainer.from_run(run, reward_functions=functions_of(code, config) if code and config else None)
     with trainer.view:
         evaluation = trainer.evaluate()
     say(*evaluation_lines(evaluation))
@@ -76,7 +84,7 @@ def report(run: Run) -> None:
     say(str(write_report(run)))
 
 
-def _trainer(recipe: str, overrides: list[str] | None, *, check_fit: bool = False) -> GRPOTrainer:
+def _trainer(recipe: str, overrides: list[str] | None, *, check_fit: bool = False, code: CodeFile | None = None) -> GRPOTrainer:
     """The trainer of a recipe, once the settings are known to be right: their errors must not wait for torch."""
     settings = parse_overrides(overrides or [], recipe)
     config = load_recipe(recipe, settings)
@@ -87,10 +95,14 @@ def _trainer(recipe: str, overrides: list[str] | None, *, check_fit: bool = Fals
         if not plan.fits:
             raise PreflightError(plan.refusal)
 
+    from gemma_grpo.grpo.setup import functions_of
     from gemma_grpo.grpo.trainer import GRPOTrainer
     from gemma_grpo.monitor.terminal import ProgressView
 
-    return GRPOTrainer.from_recipe(recipe, settings, view=ProgressView())
+    functions = None if code is None else functions_of(code, config)
+    trainer = GRPOTrainer.from_recipe(recipe, settings, view=ProgressView(), reward_functions=functions)
+    trainer.code = {} if code is None else {"code": code.record}
+    return trainer
 
 
 def update_line(config: GRPOConfig) -> str:
