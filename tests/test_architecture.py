@@ -21,6 +21,7 @@ ROWS: dict[str, float] = {
     "cards": 0,
     "room": 0,
     "disk": 0,
+    "containment": 0,
     "stopping": 0,
     "shapes": 1,  # on the adapter's settings
     "access": 1.5,  # on the names that shapes knows

@@ -18,6 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from gemma_grpo.containment import link_out
 from gemma_grpo.disk import DISK
 from gemma_grpo.monitor.durable import RunDirectoryError, append_whole, cut_torn_line, to_json, translated, write_atomically
 from gemma_grpo.redact import redact_all
@@ -69,16 +70,21 @@ class RunDirectory:
         """Raise RunDirectoryError if `create` would: to be asked before the first expensive second. Writes nothing."""
         path = _usable_path(path)
         _refuse_existing_run(path)
+        _refuse_links_out(path)
         _check_room(path, needed_bytes)
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
-        """An existing run, to resume or evaluate. Raises RunDirectoryError when there is none or another process writes it."""
+        """An existing run, to resume or evaluate.
+
+        Raises RunDirectoryError when there is none, another process writes it, or a link in it leads outside.
+        """
         path = _usable_path(path)
         if not (path / RECIPE).is_file():
             raise RunDirectoryError(
                 f"{path} is not a run directory: it has no {RECIPE}. Name the folder a training run wrote, such as runs/miniature-1."
             )
+        _refuse_links_out(path)  # before the lock: taking it writes
         run = cls(path, _acquire(path))
         try:
             for name in _LOGS:
@@ -241,6 +247,13 @@ def _refuse_existing_run(path: Path) -> None:
         raise RunDirectoryError(
             f"{path} already holds a run (it contains {holds}). Choose another output_dir, resume that run, or move the folder away."
         )
+
+
+def _refuse_links_out(path: Path) -> None:
+    with translated(path):
+        link = link_out(path)
+    if link:
+        raise RunDirectoryError(link)
 
 
 def _check_room(path: Path, needed_bytes: int) -> None:
