@@ -29,10 +29,14 @@ _FORMS = (
 _SECRET_NAME = re.compile(r"(?:^|_|API)(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
 _SHORTEST = 12
 """Characters; a shorter value of a variable is more likely a word that stands in many texts."""
+_SHORTEST_TEXT = 7
+"""Characters of the shortest text that any form fits: s://u@h."""
 
 
 def redact(text: str) -> str:
     """The text with every secret in it replaced by ***; the same text where there is none."""
+    if len(text) < _SHORTEST_TEXT:
+        return text
     for value in _environment():
         text = text.replace(value, MARK)
     for form in _FORMS:
@@ -58,5 +62,5 @@ def holds_secret(text: str) -> bool:
 
 def _environment() -> list[str]:
     """Values of variables that are named as secrets, longest first; not paths, which say where a secret is."""
-    values = {value for name, value in os.environ.items() if _SECRET_NAME.search(name)}
+    values = {os.environ.get(name, "") for name in os.environ if _SECRET_NAME.search(name)}
     return sorted((value for value in values if len(value) >= _SHORTEST and value[0] not in "/~."), key=len, reverse=True)
