@@ -18,7 +18,7 @@ from gemma_grpo.checkpoint import Checkpoint, save_checkpoint, saving
 from gemma_grpo.config import GRPOConfig, build_config, dump_recipe, load_recipe
 from gemma_grpo.data.prompts import order
 from gemma_grpo.grpo import preflight, resuming
-from gemma_grpo.grpo.assess import evaluate_policy, train_and_measure_reward
+from gemma_grpo.grpo.assess import evaluate_policy, judge_warnings, train_and_measure_reward
 from gemma_grpo.grpo.explain import step_warnings
 from gemma_grpo.grpo.setup import (
     TRAINED,
@@ -132,6 +132,7 @@ class GRPOTrainer:
             elif TRAINED in self.weights and not self._calibration:
                 self._train_reward()
             self._build_rewards()
+            self._warn(*judge_warnings(self.run, self._calibration, self.stepper.judge, self.data.held_out_prompts or self.data.prompts))
             if resume_from_checkpoint:
                 self._go_on_from(checkpoint)
             self._loop()
@@ -274,8 +275,7 @@ class GRPOTrainer:
             self._run.update_run(status="running", ended=None, error=None, **self.code)
             self._warn(*notes)
             return
-        path = preflight.run_path(config)
-        RunDirectory.check(path)
+        RunDirectory.check(path := preflight.run_path(config))
         self._prepare(force=force)
         info = preflight.run_info(config, self.data, self.precision, self.plan()) | self.code
         adapter = sum(weight.numel() * weight.element_size() for weight in self.model.adapter_parameters("policy").values())
