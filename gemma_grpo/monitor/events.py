@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ class RunDirectory:
     def __init__(self, path: Path, lock: FileLock) -> None:
         self.path = path
         self._lock = lock
+        self._writing = threading.Lock()
 
     @classmethod
     def create(cls, path: str | Path, recipe_text: str, info: Mapping[str, Any], *, needed_bytes: int = 0) -> RunDirectory:
@@ -157,6 +159,17 @@ class RunDirectory:
         """Set fields of run.json, keeping the others; secrets are taken out."""
         self.write_json(RUN, {**self.read_run(), **redact_all(fields)})
 
+    def ended(self, step: int, error: BaseException | None = None) -> None:
+        """The run's outcome after `step` steps: finished, or stopped or failed by `error`."""
+        if error is None:
+            self.event("end", step=step)
+            self.update_run(status="finished", ended=time.time(), steps=step)
+            return
+        stopped = isinstance(error, KeyboardInterrupt)
+        status, text = ("stopped", f"stopped {error}".strip()) if stopped else ("failed", f"{type(error).__name__}: {error}")
+        self.event("error", text=text)
+        self.update_run(status=status, ended=time.time(), error=text, **({"steps": step} if step else {}))
+
     def offsets(self) -> dict[str, int]:
         """Sizes in bytes of metrics.jsonl and samples.jsonl, after they have reached the disk: what a checkpoint stores."""
         sizes = {}
@@ -195,7 +208,8 @@ class RunDirectory:
         self.close()
 
     def _append(self, name: str, *records: Mapping[str, Any]) -> None:
-        append_whole(self.path / name, "".join(to_json(name, record) + "\n" for record in records).encode())
+        with self._writing:  # the watchdog's thread writes events too
+            append_whole(self.path / name, "".join(to_json(name, record) + "\n" for record in records).encode())
 
 
 _LOGS = (METRICS, SAMPLES, EVENTS)
