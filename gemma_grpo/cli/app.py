@@ -11,6 +11,7 @@ import typer
 
 from gemma_grpo.cli import data, demo, doctor, plan, recipes, training
 from gemma_grpo.cli.errors import Exit, output_error, report
+from gemma_grpo.cli.printing import complain, say
 
 _INTERRUPTED = 130
 """What typer makes of a KeyboardInterrupt."""
@@ -39,7 +40,7 @@ def _version(asked: bool) -> None:
     if asked:
         from gemma_grpo import __version__
 
-        print(__version__)
+        say(__version__)
         raise typer.Exit
 
 
@@ -64,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
     if (unwritten := output_error()) is not None:
         return Exit.RUNTIME if isinstance(unwritten, BrokenPipeError) else report(unwritten, debug=debug)
     if code == _INTERRUPTED:
-        print("error: stopped.\n  What was written so far is in the run directory; `train ... --resume` goes on with it.", file=sys.stderr)
+        complain("error: stopped.\n  What was written so far is in the run directory; `train ... --resume` goes on with it.")
         return Exit.STOPPED
     return code if isinstance(code, int) else Exit.OK
 

@@ -1,6 +1,6 @@
 """Settings: what they mean (schema.py) and how a recipe is read (recipe.py). Loads no torch."""
 
-from gemma_grpo.config.problems import ConfigError, Problem, printable
+from gemma_grpo.config.problems import ConfigError, Problem
 from gemma_grpo.config.recipe import build_config, dump_recipe, load_recipe, parse_overrides
 from gemma_grpo.config.schema import (
     AdvantageSettings,
@@ -38,6 +38,5 @@ __all__ = [
     "find_recipe",
     "load_recipe",
     "parse_overrides",
-    "printable",
     "shipped_recipes",
 ]

@@ -5,9 +5,12 @@ Owns what a setting means and its limits; reading recipes is recipe.py. Defaults
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from gemma_grpo.redact import holds_secret
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -19,7 +22,10 @@ Weight = Annotated[float, Field(allow_inf_nan=False)]
 class Stage(BaseModel):
     """Base of every stage's settings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    # hide_input_in_errors: pydantic's own text would quote a secret that was given by mistake
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), hide_input_in_errors=True
+    )
 
 
 class LoraSettings(Stage):
@@ -251,6 +257,16 @@ class GRPOConfig(Stage):
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @model_validator(mode="after")
+    def _no_secret(self) -> GRPOConfig:
+        for name, text in _texts(self.model_dump()):
+            if holds_secret(text):
+                raise ValueError(
+                    f"{name} holds what looks like a token, a key or a password, and settings are written to files and shown. "
+                    "Leave it out: the Hub's token comes from `hf auth login` or the variable HF_TOKEN."
+                )
+        return self
+
+    @model_validator(mode="after")
     def _limits_agree(self) -> GRPOConfig:
         if self.kl.beta_min > self.kl.beta_max:
             raise ValueError(f"kl.beta_min is {self.kl.beta_min}, above kl.beta_max {self.kl.beta_max}. Lower kl.beta_min.")
@@ -280,3 +296,14 @@ class GRPOConfig(Stage):
     def completions_per_step(self) -> int:
         """Completions per rollout batch."""
         return self.prompts_per_step * self.num_generations
+
+
+def _texts(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in the settings with the setting's name; the names within `reward` are texts too."""
+    for name, value in values.items():
+        if prefix == "reward.":
+            yield "reward", name
+        if isinstance(value, Mapping):
+            yield from _texts(value, f"{prefix}{name}.")
+        elif isinstance(value, str):
+            yield prefix + name, value

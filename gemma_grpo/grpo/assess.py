@@ -6,7 +6,7 @@ Statistics are evaluation.py's and reward/quality.py's; this file runs the model
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -19,7 +19,9 @@ from gemma_grpo.evaluation import EvaluatedReply, summarise
 from gemma_grpo.grpo.setup import Gold
 from gemma_grpo.grpo.step import reference_logprobs, role_logprobs, sampling_params
 from gemma_grpo.model.gemma import Gemma
+from gemma_grpo.monitor.events import RunDirectory
 from gemma_grpo.reward.base import RewardStack
+from gemma_grpo.reward.canaries import canary_report, canary_warning
 from gemma_grpo.reward.generative import GenerativeReward, Judge, score_pairs
 from gemma_grpo.reward.quality import accuracy, quality_report
 from gemma_grpo.reward.training import RewardTraining
@@ -57,7 +59,20 @@ def train_and_measure_reward(
     if gold is not None:
         true_margins = torch.tensor([gold(pair) for pair in held_out])
         report["accuracy_against_gold"] = accuracy((scores[:, 0] - scores[:, 1]) * true_margins.sign())
+    report["canaries"] = canary_report(GenerativeReward(model).score, prompts, model.tokenizer)
     return report | reference_rewards(model, engine, prompts[:REFERENCE_PROMPTS], config)
+
+
+def judge_warnings(
+    run: RunDirectory, calibration: Mapping[str, Any], judge: ZeroShotJudge | None, prompts: Sequence[Prompt]
+) -> list[str]:
+    """What is to be said of the judges a run trains with: replies that fool them. The zero-shot judge's report is kept in run.json."""
+    reports = {GenerativeReward.name: calibration.get("canaries", {})}
+    if judge is not None:
+        report = run.read_run().get("canaries") or canary_report(judge.score, prompts, judge.judge.model.tokenizer)
+        run.update_run(canaries=report)
+        reports[judge.name] = report
+    return [text for name, report in reports.items() if (text := canary_warning(name, report)) is not None]
 
 
 def reference_rewards(model: Gemma, engine: RolloutEngine, prompts: Sequence[Prompt], config: GRPOConfig) -> dict[str, float | None]:
