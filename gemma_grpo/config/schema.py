@@ -166,6 +166,8 @@ class DataSettings(Stage):
     """Train on at most so many prompts; null for all."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of conversations kept for evaluation; a conversation is never on both sides."""
+    strict: bool = False
+    """true stops at the first row that is no usable pair or prompt, with its place; false drops and counts it."""
 
 
 class EvaluationSettings(Stage):
