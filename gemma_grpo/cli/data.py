@@ -39,19 +39,29 @@ def preview(source: Source, rows: Annotated[int, typer.Option("--rows", "-n", mi
 
 
 @app.command()
-def stats(source: Source, as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Count rows, usable rows and dropped rows by reason; lengths in words."""
+def stats(
+    source: Source,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that would be dropped.")] = False,
+) -> None:
+    """Count rows, usable rows and dropped rows by reason, with the places of the first three of each; lengths in words."""
     from gemma_grpo.data.hh_rlhf import LoadedPairs
     from gemma_grpo.data.inspection import pair_stats, prompt_stats
     from gemma_grpo.data.prompts import load_dataset_rows
+    from gemma_grpo.data.rejections import EXAMPLES
 
-    loaded = load_dataset_rows(source)
+    loaded = load_dataset_rows(source, strict=strict)
     facts = pair_stats(loaded) if isinstance(loaded, LoadedPairs) else prompt_stats(loaded)
     if as_json:
         say_data(json.dumps(facts, indent=2))
         return
+    examples = facts.pop("examples")
     for name, value in facts.items():
         say_data(f"{name:<18} {_shown(value)}")
+    if examples:
+        say_data(f"--- dropped, the first {EXAMPLES} of each reason")
+        say_data("
+".join(map(_shown, examples)))
 
 
 def _shown(value: Any) -> str:

@@ -192,7 +192,7 @@ def _syntax(error: yaml.YAMLError, text: str) -> Mark:
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
         what = f"not YAML: {error.problem or error.context}. Check the indentation, the colon and the quotes here."
-        last = len(text.rstrip().splitlines())  # an open bracket is noticed at the end of the file
+        last = max(1, len(text.rstrip().splitlines()))  # an open bracket is noticed at the end of the file
         return Mark(min(mark.line + 1, last) if mark else 1, "", what)
     position = getattr(error, "position", 0)
     line = text.count("\n", 0, position if isinstance(position, int) else 0) + 1

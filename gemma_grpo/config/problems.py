@@ -167,7 +167,10 @@ def shown(value: Any) -> str:
     """A value as a message shows it: YAML's words, cut at 60 characters."""
     if isinstance(value, Mapping):
         return "a group of settings"
-    text = {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
+    try:
+        text = {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
+    except (ValueError, RecursionError):  # of thousands of digits, or of levels
+        return f"a value of type {type(value).__name__} too large to show"
     text = redact(text)  # before it is cut: half a secret has no form to know it by
     return text if len(text) <= 60 else f"{text[:57]}..."
 

@@ -57,6 +57,7 @@ def _counts(loaded: LoadedPairs | LoadedPrompts, sources: Sequence[str], convers
         "rows": loaded.rows,
         "kept": loaded.kept,
         "dropped": dict(loaded.dropped),
+        "examples": list(loaded.examples),
         "sources": dict(Counter(sources).most_common()),
         "conversations": len(set(conversations)),
     }

@@ -53,11 +53,11 @@ class TrainingData:
     """What was read, kept and dropped, and why: shown, and kept in run.json."""
 
 
-def load_rows(dataset: Any, source_name: str | None) -> Rows:
-    """Parsed rows of a dataset by name, path or value; "miniature" is the shipped world. Raises DataError."""
+def load_rows(dataset: Any, source_name: str | None, *, strict: bool = False) -> Rows:
+    """Parsed rows of a dataset by name, path or value; "miniature" is the shipped world. Raises DataError, if `strict` for any bad row."""
     if dataset == MINIATURE:
         return load_hh_rlhf(sample_pairs(MINIATURE_SEED, MINIATURE_PAIRS), name=source_name or MINIATURE)
-    return load_dataset_rows(dataset, name=source_name)
+    return load_dataset_rows(dataset, name=source_name, strict=strict)
 
 
 def known_gold(dataset: Any) -> Gold | None:
@@ -86,7 +86,7 @@ def build_training_data(rows: Rows, model: Gemma, config: GRPOConfig) -> Trainin
     built = build_prompts(items, model.tokenizer, config.max_prompt_length)
     train, held_out = split_by_conversation(built.prompts, lambda prompt: prompt.conversation_id, config.data.holdout)
     pairs, counts = _build_pairs(rows, model, config)
-    counts |= {"rows": rows.rows, "kept": rows.kept, "dropped": dict(rows.dropped)}
+    counts |= {"rows": rows.rows, "kept": rows.kept, "dropped": dict(rows.dropped), "examples": list(rows.examples)}
     counts |= {"prompts": len(built.prompts), "prompts_dropped": dict(built.dropped), "prompts_shortened": built.shortened}
     if not train:
         raise DataError(

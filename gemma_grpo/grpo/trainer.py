@@ -334,7 +334,7 @@ class GRPOTrainer:
         if self._rows is None:
             if self.config.model_name in known_shapes():
                 preflight.refuse_unless_it_fits(self.plan(), force=force)
-            self._rows = load_rows(self._dataset, self.config.data.source)
+            self._rows = load_rows(self._dataset, self.config.data.source, strict=self.config.data.strict)
         return self._rows
 
     @property

@@ -128,7 +128,8 @@ def _decoder_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> d
         name = "lm_head.weight" if _HEAD.match(tensor.key) else _DECODER.sub("model.", tensor.key)
         if name in expected:
             if name in found:
-                raise ValueError(f"{folder} holds {name} twice, as {found[name].key} and {tensor.key}. Keep one layout.")
+                both = " and ".join(f"{one.key} in {one.file.name}" for one in (found[name], tensor))
+                raise ValueError(f"{folder} holds {name} twice, as {both}. Keep one layout.")
             found[name] = tensor
         elif name != "lm_head.weight" and not _VISION.match(tensor.key):  # a tied head may be stored: it is the embedding
             strangers.append(tensor.key)

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from gemma_grpo.config import GRPOConfig
 from gemma_grpo.data.chat import judge_suffix_ids
+from gemma_grpo.data.sources import DataError
 from gemma_grpo.reward.generative import JUDGE_QUESTION
 
 Observe = Callable[[Any], Any]
@@ -169,6 +170,7 @@ CHANGES: dict[str, Change] = {
     "data.source": Change("elsewhere", sources),
     "data.max_prompts": Change(3, data_count("prompts_train")),
     "data.holdout": Change(0.6, data_count("prompts_held_out")),
+    "data.strict": Change(True, None),
     "evaluation.num_prompts": Change(3, evaluated("reward"), EVALUATED),
     "evaluation.num_completions": Change(2, evaluated("reward"), EVALUATED),
 }
@@ -278,6 +280,14 @@ def test_the_budget_of_keys_and_values_parts_the_rollout_and_changes_no_completi
     cut, more = model_passes(lambda: train_tiny(**settings, **{"memory.kv_token_budget": 40}), learning=False)
     assert cut.text("samples.jsonl") == whole.text("samples.jsonl")
     assert (passes, more) == (1, 2)  # both prompts computed together; one after the other
+
+
+def test_strict_data_stop_at_the_row_that_would_be_dropped(train_tiny) -> None:
+    rows = [*({"prompt": f"question {index}"} for index in range(6)), {"text": "no prompt"}]
+    lenient = train_tiny(dataset=rows, max_steps=1).json("run.json")["data"]
+    assert (lenient["kept"], lenient["dropped"], lenient["examples"]) == (6, {"not_a_prompt": 1}, ["the given rows, row 7: not_a_prompt"])
+    with pytest.raises(DataError, match=r"^the given rows, row 7: not_a_prompt \(it has no prompt or messages\)\. Mend this row"):
+        train_tiny(dataset=rows, **{"data.strict": True})
 
 
 def test_gradient_checkpointing_computes_each_layer_once_more(train_tiny) -> None:
