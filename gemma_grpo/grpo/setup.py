@@ -111,10 +111,10 @@ def _build_pairs(
 def reward_weights(reward: Any, config: GRPOConfig) -> dict[str, float]:
     """Name -> weight of the rewards a run uses; functions given in Python are named after themselves.
 
-    Raises ValueError for a name nobody knows, with the nearest one.
+    Raises ValueError for a name nobody knows, with the nearest one, and for a function that cannot be called as the settings ask.
     """
     if callable(reward):
-        return {FunctionReward(reward).name: 1.0}
+        return {FunctionReward(reward, settings=config.reward_function).name: 1.0}
     weights = {reward: 1.0} if isinstance(reward, str) else dict(reward or config.reward or DEFAULT_REWARD)
     for name in weights:
         if name not in RULES and name not in (TRAINED, ZERO_SHOT):
@@ -140,7 +140,7 @@ def build_reward_stack(
     `judge` is the zero-shot judge to use, where others ask it too.
     """
     if callable(reward):
-        return RewardStack([WeightedReward(FunctionReward(reward))])
+        return RewardStack([WeightedReward(FunctionReward(reward, settings=config.reward_function))])
     parts = []
     for name, weight in weights.items():
         if name in RULES:

@@ -179,7 +179,7 @@ def scored_groups(groups: Sequence[RolloutGroup], scores: StackScores, advantage
 
 
 def reward_metrics(scores: StackScores) -> dict[str, float]:
-    """Mean, within-group spread and coverage of the rewards; mean and std of each raw part."""
+    """Mean, within-group spread and coverage of the rewards; mean and std of each raw part, and what it skipped where it may."""
     rewards = as_tensor(scores.rewards)
     spreads = [statistics.stdev(row) for row in ([v for v in values if v is not None] for values in scores.rewards) if len(row) > 1]
     metrics = {
@@ -195,6 +195,7 @@ def reward_metrics(scores: StackScores) -> dict[str, float]:
         if values:
             metrics[f"rewards/{name}/mean"] = statistics.fmean(values)
             metrics[f"rewards/{name}/std"] = statistics.pstdev(values)
+    metrics |= {f"rewards/{name}/skipped": float(count) for name, count in scores.skipped.items()}
     return metrics
 
 
