@@ -15,7 +15,9 @@ import pytest
 from bad_rewards import KINDS
 
 from gemma_grpo.grpo.step import reward_metrics
+from gemma_grpo.monitor.events import RunDirectory
 from gemma_grpo.reward.base import RewardError, StackScores
+from gemma_grpo.reward.isolated import call_isolated
 from gemma_grpo.stopping import Stopped
 
 ONE_STEP = {"max_steps": 1}
@@ -94,6 +96,14 @@ def test_a_deadline_changes_nothing_in_a_run_that_keeps_it(train_tiny):
         assert with_one.text(name) == without.text(name)
     adapters = with_one.adapter(), without.adapter()
     assert all(value.equal(adapters[1][name]) for name, value in adapters[0].items())
+
+
+def test_a_call_in_its_own_process_does_not_let_go_of_the_run(tmp_path) -> None:
+    program = f"from gemma_grpo.monitor.events import RunDirectory; RunDirectory.open({str(tmp_path / 'run')!r})"
+    with RunDirectory.create(tmp_path / "run", "seed: 0\n", {}):
+        assert call_isolated(lambda: 5, 60.0) == 5
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert f"is being written by process {os.getpid()}" in done.stderr
 
 
 def test_what_is_skipped_is_a_metric_only_where_it_may_be() -> None:

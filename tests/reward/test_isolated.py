@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import random
@@ -139,6 +140,7 @@ def test_nothing_the_trainer_left_to_do_at_its_exit_is_done_there(tmp_path) -> N
 import atexit, sys
 from gemma_grpo.reward.isolated import call_isolated
 atexit.register(lambda: open({str(tmp_path / "exits")!r}, "a").write("x"))
+sys.stdout = open(sys.stdout.fileno(), "w", closefd=False)  # known to nobody else, so that it ends when it is replaced
 sys.stdout.write("half a line, ")  # in the buffer when the process is started
 print(call_isolated(lambda: 5, 60.0))
 """
@@ -146,6 +148,31 @@ print(call_isolated(lambda: 5, 60.0))
     assert done.stdout == "half a line, 5\n"
     assert done.stderr == ""
     assert (tmp_path / "exits").read_text(encoding="utf-8") == "x"
+
+
+def test_what_the_trainer_left_to_be_collected_is_not_collected_there(tmp_path) -> None:
+    class Left:
+        def __del__(self) -> None:
+            (tmp_path / str(os.getpid())).touch()
+
+    gc.disable()
+    try:
+        left = Left()
+        left.itself = left
+        del left
+        assert call_isolated(lambda: [gc.collect(), gc.isenabled()][1], LONG) is False
+    finally:
+        gc.enable()
+    assert not list(tmp_path.iterdir())
+    gc.collect()
+    assert [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]
+
+
+def test_it_is_the_first_to_go_where_memory_runs_out() -> None:
+    def score() -> int:
+        return int(Path("/proc/self/oom_score_adj").read_text(encoding="ascii"))
+
+    assert call_isolated(score, LONG) == 1000 > score()
 
 
 # ---- how it ends
@@ -215,7 +242,7 @@ def test_a_request_to_stop_is_noticed_while_it_is_waited_for(tmp_path, deaf) -> 
     with listening():
         thread.start()
         with pytest.raises(Stopped, match="by SIGTERM"):
-            call_isolated(wait, 600.0)
+            call_isolated(wait, LONG)
     thread.join()
     assert time.monotonic() - started < SOON
     assert all_gone(wait_for(tmp_path / "pids"))
