@@ -83,20 +83,21 @@ class FunctionReward:
 
         Raises RewardError when it fails or returns something unusable: for any of them, or where it may skip for more than it may.
         """
-        answer = self._call(groups)
+        columns = columns_of(groups)
+        answer = self._call(groups, columns)
         if self.settings.on_failure == "stop":
             for fault in answer.faults:
                 raise self._error(fault) from fault.error
             return _grouped(answer.scores, groups), None
         if answer.failed and len(groups) > 1:
-            answer = self._call_one_by_one(groups)
+            answer = self._call_one_by_one(groups, columns)
         return _grouped(answer.scores, groups), self._counted(answer, len(answer.scores))
 
-    def _call_one_by_one(self, groups: Sequence[RolloutGroup]) -> Answer:
+    def _call_one_by_one(self, groups: Sequence[RolloutGroup], columns: Sequence[str]) -> Answer:
         count = sum(len(group.completions) for group in groups)
         whole = Answer([])
         for group in groups:
-            one = self._call([group])
+            one = self._call([group], columns)
             whole = Answer([*whole.scores, *one.scores], [*whole.faults, *one.faults])
             self._counted(whole, count)  # too many already: the others need not be waited for
         return whole
@@ -120,8 +121,8 @@ class FunctionReward:
     def _error(self, fault: Fault) -> RewardError:
         return RewardError(f"reward {self.name!r} {fault.text}. {fault.remedy}")
 
-    def _call(self, groups: Sequence[RolloutGroup]) -> Answer:
-        arguments = self._accepted(call_arguments(groups, self.name))
+    def _call(self, groups: Sequence[RolloutGroup], columns: Sequence[str]) -> Answer:
+        arguments = self._accepted(call_arguments(groups, columns, self.name))
         timeout = self.settings.timeout
         if timeout is None:
             with interruptible():
@@ -178,13 +179,17 @@ class FunctionReward:
         return {p.name: arguments[p.name] for p in by_keyword if p.name in arguments}
 
 
-def call_arguments(groups: Sequence[RolloutGroup], name: str) -> dict[str, list[Any]]:
+def columns_of(groups: Sequence[RolloutGroup]) -> list[str]:
+    """Every column that any of the prompts has, in the order of their first coming."""
+    return list(dict.fromkeys(column for group in groups for column in group.prompt.columns))
+
+
+def call_arguments(groups: Sequence[RolloutGroup], columns: Sequence[str], name: str) -> dict[str, list[Any]]:
     """The keyword lists a reward function gets; a column that some prompts lack is None there.
 
     Raises RewardError when a column is named like one of the function's own arguments.
     """
     samples = [(group.prompt, completion) for group in groups for completion in group.completions]
-    columns = dict.fromkeys(column for group in groups for column in group.prompt.columns)
     taken = [column for column in columns if column in OWN_ARGUMENTS]
     if taken:
         raise RewardError(f"reward {name!r} cannot get the dataset's column {taken[0]!r}: the name is taken. Rename the column.")

@@ -30,6 +30,8 @@ ANSWER_LIMIT = 16 * 2**20
 POLL_SECONDS = 0.05
 """How long a request to stop, the deadline or the end of the process may go unnoticed."""
 _CHUNK = 64 * 1024
+_ROUNDS = 20
+"""How often those are looked for who left the group: what they started meanwhile is found in the next round."""
 _KEPT_AFTER_ANSWER = 60.0
 """Seconds; it is killed long before. Until then it stands above what it started, which can be found so."""
 
@@ -98,14 +100,16 @@ class _Child:
     def end(self) -> None:
         """Kill it and all it started, wait for its end, pass on what it printed."""
         if not self.ended:
-            _kill(self.pid, signal.SIGSTOP)  # it starts nothing more while the others are looked for
+            self._kill_group(signal.SIGSTOP)  # nobody starts anything more while those are looked for who left the group
             killed: set[int] = set()
-            while found := _descendants(self.pid) - killed:
+            for _ in range(_ROUNDS):
+                found = _descendants(self.pid) - killed
                 for pid in found:
                     _kill(pid, signal.SIGKILL)
                 killed |= found
-        with suppress(ProcessLookupError, PermissionError):  # a group's number is not given to others while anybody is in it
-            os.killpg(self.pid, signal.SIGKILL)
+                if not found:
+                    break
+        self._kill_group(signal.SIGKILL)
         if not self.ended:
             _kill(self.pid, signal.SIGKILL)  # before it had a group of its own
             with suppress(ChildProcessError):
@@ -117,6 +121,10 @@ class _Child:
         os.close(self.answers)
         os.close(self.output)
         self._pass_on()
+
+    def _kill_group(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError, PermissionError):  # its number is not given to others while anybody is in it
+            os.killpg(self.pid, number)
 
     def _read(self, pipe: int) -> bool:
         """Take what is in the pipe; False when nobody can write to it any more."""

@@ -194,6 +194,15 @@ def test_a_call_that_fails_is_made_again_for_each_group_and_only_those_that_fail
     assert calls == [["a", "a", "bb", "ccc", "a"], ["a"], ["a", "bb"], ["ccc", "a"]]
 
 
+def test_a_group_that_is_called_alone_has_the_columns_of_all():
+    def reward(completions, topic):
+        if len(completions) > 2:
+            raise LookupError
+        return [0.0 if subject is None else 1.0 for subject in topic]
+
+    assert FunctionReward(reward, "mine", SKIP).score(GROUPS) == [[0.0, 0.0], [1.0, 1.0]]  # only the second has a topic
+
+
 def test_a_call_that_does_not_fail_is_made_once_and_nothing_is_said():
     calls: list[list[str]] = []
     assert FunctionReward(failing_on(calls=calls), "mine", SKIP).score_or_skip([named("p", "a"), named("q", "")]) == (
