@@ -60,8 +60,7 @@ def stats(
         say_data(f"{name:<18} {_shown(value)}")
     if examples:
         say_data(f"--- dropped, the first {EXAMPLES} of each reason")
-        say_data("
-".join(map(_shown, examples)))
+        say_data("\n".join(map(_shown, examples)))
 
 
 def _shown(value: Any) -> str:

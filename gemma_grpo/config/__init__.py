@@ -13,6 +13,7 @@ from gemma_grpo.config.schema import (
     LossSettings,
     MemorySettings,
     OptimizerSettings,
+    RewardFunctionSettings,
     RewardModelSettings,
     SamplingSettings,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "MemorySettings",
     "OptimizerSettings",
     "Problem",
+    "RewardFunctionSettings",
     "RewardModelSettings",
     "SamplingSettings",
     "build_config",

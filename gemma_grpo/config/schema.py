@@ -161,6 +161,17 @@ class RewardModelSettings(Stage):
     """PAR: sigmoid(reward - reward of the dataset's reply, or of the reference policy's mean) (arXiv:2502.18770)."""
 
 
+class RewardFunctionSettings(Stage):
+    """How a reward function given in Python is called. Rewards named in a recipe are the package's own, and always stop the run."""
+
+    timeout: Positive | None = None
+    """Seconds for one call, which then has its own process and is killed; null calls it in this one: it remembers, and may use the GPU."""
+    on_failure: Literal["stop", "skip"] = "stop"
+    """A call that fails or is late, a score that cannot be used: stop the run, or leave those completions unscored and count them."""
+    max_skipped: Fraction = 0.5
+    """Share of a step's completions that may be skipped; above it the run stops."""
+
+
 class MemorySettings(Stage):
     """How much is held at a time. It decides speed and memory, never the result: gradients and completions stay the same."""
 
@@ -256,6 +267,7 @@ class GRPOConfig(Stage):
     entropy: EntropySettings = EntropySettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     reward_model: RewardModelSettings = RewardModelSettings()
+    reward_function: RewardFunctionSettings = RewardFunctionSettings()
     memory: MemorySettings = MemorySettings()
     watchdog: WatchdogSettings = WatchdogSettings()
     data: DataSettings = DataSettings()

@@ -82,7 +82,8 @@ def to_tensors(under_way: StepUnderWay, model: Gemma) -> tuple[dict[str, Tensor]
     facts: dict[str, Any] = {"prompts": [group.prompt.prompt_id for group in groups]}
     if under_way.scores is not None and under_way.batch is not None:
         tensors |= _scored_tensors(under_way.scores, under_way.batch)
-        facts["parts"] = list(under_way.scores.parts)
+        facts |= {"parts": list(under_way.scores.parts), "skipped": dict(under_way.scores.skipped)}
+        facts["warnings"] = list(under_way.scores.warnings)
     if under_way.passes is not None:
         made = under_way.passes
         names = model.adapter_parameters("policy")
@@ -109,7 +110,8 @@ def from_tensors(
     groups, device = _groups(tensors, prompts, model, step), model.device
     under_way = StepUnderWay(groups)
     if "parts" in facts:
-        scores = StackScores(_unscored_as_none(tensors["rewards"]), _parts(tensors["parts"], facts["parts"]))
+        parts = _parts(tensors["parts"], facts["parts"])
+        scores = StackScores(_unscored_as_none(tensors["rewards"]), parts, facts["skipped"], tuple(facts["warnings"]))
         ref = tensors.get("ref_logprobs")
         batch = rollout_batch(groups, tensors["advantages"].to(device), None if ref is None else ref.to(device))
         under_way = replace(under_way, scores=scores, batch=batch)

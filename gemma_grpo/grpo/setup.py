@@ -126,13 +126,15 @@ def given_functions(reward: Any, functions: Functions | None) -> Any:
 def reward_weights(reward: Any, config: GRPOConfig) -> dict[str, float]:
     """Name -> weight of the rewards a run uses. `reward` is a function, named after itself, a name, functions by name, or None.
 
-    Raises ValueError for a name nobody knows, with the nearest one, and for a function without a weight or named like a built-in reward.
+    Raises ValueError for a name nobody knows, with the nearest one, for a function without a weight or named like a built-in reward, and
+    for one that cannot be called as the settings ask.
     """
     if callable(reward):
-        return {FunctionReward(reward).name: 1.0}
+        return {FunctionReward(reward, settings=config.reward_function).name: 1.0}
     functions = _functions(reward)
     weights = {reward: 1.0} if isinstance(reward, str) else dict(config.reward or DEFAULT_REWARD)
-    for name in functions:
+    for name, function in functions.items():
+        FunctionReward(function, name, settings=config.reward_function)
         if name in BUILT_IN:
             raise ValueError(f"reward_functions has {name!r}, which is the name of a built-in reward. Give the function another name.")
         if name not in weights:
@@ -166,11 +168,11 @@ def build_reward_stack(
     `judge` is the zero-shot judge to use, where others ask it too.
     """
     if callable(reward):
-        return RewardStack([WeightedReward(FunctionReward(reward))])
+        return RewardStack([WeightedReward(FunctionReward(reward, settings=config.reward_function))])
     parts, functions = [], _functions(reward)
     for name, weight in weights.items():
         if name in functions:
-            parts.append(WeightedReward(FunctionReward(functions[name], name), weight))
+            parts.append(WeightedReward(FunctionReward(functions[name], name, settings=config.reward_function), weight))
             continue
         if name in RULES:
             parts.append(WeightedReward(build_rules([name], config.max_completion_length)[0], weight))

@@ -202,7 +202,7 @@ class GRPOTrainer:
             self.run.append_samples(record.step, scored)
             self.run.event("step_time", step=record.step, seconds=dict(record.seconds))
             self.view.step(record, self.total_steps, group=scored[0])
-            self._warn(*step_warnings(record, self.config, counted))
+            self._warn(*step_warnings(record, self.config, counted), *self.stepper.reward_warnings)
             counted = self.updater.counted
             signal.update(record.metrics["frac_reward_zero_std"])
             if self.updater.over_budget():
