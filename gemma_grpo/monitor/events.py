@@ -6,26 +6,40 @@ A log never keeps half a line: a write that fails is taken back, and the torn la
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
-import shutil
+import socket
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from gemma_grpo.disk import DISK
-from gemma_grpo.monitor.durable import RunDirectoryError, append_whole, cut_torn_line, to_json, translated, write_atomically
+from gemma_grpo.monitor.durable import (
+    RunDirectoryError,
+    append_whole,
+    check_place,
+    check_room,
+    cut_torn_line,
+    to_json,
+    translated,
+    write_atomically,
+)
 from gemma_grpo.types import ScoredGroup, StepRecord
 
 __all__ = ["RunDirectory", "RunDirectoryError", "next_run_path"]
 
 RECIPE, RUN, METRICS, SAMPLES, EVENTS = "recipe.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "events.jsonl"
 _LOCK, _WRITER = ".lock", ".writer"
+_HOLDER = re.compile(r"process (\d+) on host (\S+)\n")
+_DEEPEST = "checkpoints/.tmp-step-0000000012/policy/adapter_model.safetensors"
+"""A run's longest path, so that a name too long for it is known before."""
 _EXACT_LOGS = (METRICS, SAMPLES)
 """Logs that resume to the byte. events.jsonl is not among them: it tells what happened, repeated steps included."""
 
@@ -65,10 +79,10 @@ class RunDirectory:
 
     @classmethod
     def check(cls, path: str | Path, *, needed_bytes: int = 0) -> None:
-        """Raise RunDirectoryError if `create` would: to be asked before the first expensive second. Writes nothing."""
+        """Raise RunDirectoryError if `create` would: to be asked before the first expensive second. Leaves nothing."""
         path = _usable_path(path)
         _refuse_existing_run(path)
-        _check_room(path, needed_bytes)
+        check_room(check_place(path, _DEEPEST), needed_bytes)
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
@@ -228,6 +242,10 @@ def _sample(step: int, scored: ScoredGroup) -> dict[str, Any]:
 def _usable_path(path: str | Path) -> Path:
     if "\0" in str(path):
         raise RunDirectoryError(f"{str(path)!r} cannot be a folder: it contains a NUL character. Choose another output_dir.")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:  # a run there could be written, and its adapter not be read again: safetensors takes no such path
+        raise RunDirectoryError(f"{str(path)!r} cannot hold a run: its name is not valid UTF-8. Choose another output_dir.") from error
     return Path(path)
 
 
@@ -239,23 +257,6 @@ def _refuse_existing_run(path: Path) -> None:
     if holds:
         raise RunDirectoryError(
             f"{path} already holds a run (it contains {holds}). Choose another output_dir, resume that run, or move the folder away."
-        )
-
-
-def _check_room(path: Path, needed_bytes: int) -> None:
-    """Raise before anything is written when the nearest existing folder cannot be written or its disk is too full."""
-    folder = path.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise RunDirectoryError(f"{folder} is a file, so {path} cannot be made inside it. Choose another output_dir.")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise RunDirectoryError(f"{folder} cannot be written by this user. Choose another output_dir, or change the folder's permissions.")
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise RunDirectoryError(
-            f"the disk of {folder} has {free / 1e6:.0f} MB free; the run needs about {needed_bytes / 1e6:.0f} MB. "
-            "Free some room, or choose an output_dir on another disk."
         )
 
 
@@ -286,21 +287,31 @@ def _acquire(path: Path) -> FileLock:
     lock = FileLock(path / _LOCK, timeout=0, thread_local=False)
     with translated(path / _LOCK):
         try:
-            lock.acquire()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the soft lock, which is refused below
+                lock.acquire()
         except Timeout:  # an OSError too, so it must be caught inside
-            raise RunDirectoryError(
-                f"{path} is being written by {_holder(path)}. Wait until that run ends or stop it, or choose another output_dir."
-            ) from None
+            raise RunDirectoryError(_in_use(path)) from None
+        except NotImplementedError as error:  # filelock's, in its older versions
+            raise OSError(errno.ENOLCK, str(error)) from error
+        if isinstance(lock, SoftFileLock):  # a file instead of a lock: it would outlive a killed run
+            lock.release(force=True)
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
     try:
-        write_atomically(path / _WRITER, f"{os.getpid()}\n")
+        write_atomically(path / _WRITER, f"process {os.getpid()} on host {socket.gethostname()}\n")
     except BaseException:
         lock.release()
         raise
     return lock
 
 
-def _holder(path: Path) -> str:
+def _in_use(path: Path) -> str:
+    """Who holds the lock, and what to do. What the file says may be of an earlier holder, until the new one has written it."""
     try:
-        return f"process {int((path / _WRITER).read_text(encoding='ascii'))}"
-    except (OSError, ValueError):
-        return "another process"
+        found = _HOLDER.fullmatch((path / _WRITER).read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        found = None
+    said = f"{path} is being written by {found[0].strip() if found else 'another process'}. "
+    if found is None or found[2] == socket.gethostname():
+        return f"{said}Wait until that run ends or stop it, or choose another output_dir."
+    return f"{said}Wait until that run ends or stop it there. If that machine is gone for good, delete {path / _LOCK} and try again."
