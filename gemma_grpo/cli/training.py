@@ -59,9 +59,10 @@ def train_reward(recipe: Recipe, overrides: Overrides = None, force: Force = Fal
 def evaluate(run: Run) -> None:
     """Compare before and after on held-out prompts, and write evaluation.json."""
     from gemma_grpo.grpo.trainer import GRPOTrainer
+    from gemma_grpo.stopping import listening
 
     trainer = GRPOTrainer.from_run(run)
-    with trainer.view:
+    with trainer.view, listening():
         evaluation = trainer.evaluate()
     print("\n".join(evaluation_lines(evaluation)))
     print(f"details: {trainer.run_dir / 'evaluation.json'}")
