@@ -176,7 +176,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         model = write_checkpoint(options.model, Path(temporary) / "model")
         result = measure(model, Path(temporary), options.steps, options.stops, options.seed)
-    head = {"machine": {**machine(), "threads": 1}, "commit": commit(), "versions": versions(), "model": options.model, "seed": options.seed}
+    head = {"machine": {**machine(), "threads": 1}, "commit": commit(), "versions": versions()}
+    head |= {"model": options.model, "seed": options.seed}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({**head, "settings": SETTINGS, **result}, indent=1) + "\n", encoding="utf-8")
     share, seconds = result["share"], result["stop_seconds"]

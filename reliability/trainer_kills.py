@@ -29,11 +29,12 @@ from gemma_grpo.monitor.terminal import ProgressView
 from reliability.phases import PhaseByte
 from reliability.writer_kills import RESULTS
 
-FEWEST_STEPS = 6
+FEWEST_STEPS, A_SAVE = 6, 0.01
+"""And seconds that a save takes at least."""
 AT_THE_END = 0.1
 """Share of a run's kills that are kept for its evaluation, after the last step."""
-WHILE_LOADING = 0.2
-"""Share of the other kills that come within the seconds that a run takes to get going again."""
+AIMED = {"loading": 0.2, "saving": 0.1, "pruning": 0.05}
+"""Shares of the other kills that are kept for phases which are short beside a step."""
 
 SETTINGS: dict[str, Any] = {
     "model_name": "miniature",
@@ -75,10 +76,11 @@ def train(folder: Path, steps: int) -> None:
 
 @dataclass(frozen=True)
 class Moment:
-    """When to kill: so many seconds after the run has come to a phase; None is its start."""
+    """When to kill: so many seconds after the run has come to a phase, None being its start; in any case where another one begins."""
 
     after: str | None
     seconds: float
+    before: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def _wait(child: int, byte: PhaseByte, moment: Moment | None) -> int:
     if moment is None:
         return os.waitpid(child, 0)[1]
     deadline = time.monotonic() + moment.seconds if moment.after is None else None
-    while deadline is None or time.monotonic() < deadline:
+    while (deadline is None or time.monotonic() < deadline) and (moment.before is None or byte.phase != moment.before):
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return status
@@ -144,11 +146,14 @@ def next_moment(folder: Path, kill: int, kills: int, steps: int, times: Times, g
     if done == 0:
         return Moment(None, generator.uniform(0, 1.3 * times.first))
     if done >= steps:
-        return Moment("evaluation", generator.uniform(0, 0.5 * times.evaluation))
-    if generator.random() < WHILE_LOADING:
-        return Moment(None, generator.uniform(0, times.first))
+        return Moment("evaluation", generator.uniform(0, 0.25 * times.evaluation))
+    aim = generator.choices([*AIMED, "a step"], [*AIMED.values(), 1 - sum(AIMED.values())])[0]
+    if aim == "loading":
+        return Moment(None, generator.uniform(0, times.first), before="rollout")
+    if aim != "a step":
+        return Moment(aim, generator.uniform(0, A_SAVE))
     ahead = done / steps > kill / ((1 - AT_THE_END) * kills)
-    return Moment("rollout", generator.uniform(0, (1 if ahead else 4) * times.step))
+    return Moment("rollout", generator.uniform(0, (0.7 if ahead else 4) * times.step))
 
 
 def content(folder: Path) -> dict[str, bytes]:

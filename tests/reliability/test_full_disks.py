@@ -1,0 +1,83 @@
+"""A disk that is full at any file of a run: the error names the file, nothing is half written, and once there is room the run ends as ever."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gemma_grpo.checkpoint import CheckpointError
+from gemma_grpo.monitor.durable import RunDirectoryError
+from gemma_grpo.monitor.events import RunDirectory
+from gemma_grpo.monitor.run_files import read_run_files
+from reliability.trainer_kills import content
+
+SETTINGS = {"max_steps": 4, "epochs": 2, "save_steps": 2, "planning_steps": 2, "evaluation.num_prompts": 3}
+
+
+@pytest.fixture
+def largest_file() -> Iterator[Callable[[int], None]]:
+    """Sets the size that no file may exceed from now on, as a disk that is full would; taken back afterwards."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def some_reward(completion_ids, **columns):
+    return [sum(ids) / len(ids) / 100 for ids in completion_ids]
+
+
+class FillingAt:
+    """The same reward, and at its call with this number something else happens first."""
+
+    __name__ = "some_reward"
+
+    def __init__(self, call: int, happens: Callable[[], None]) -> None:
+        self.left, self.happens = call, happens
+
+    def __call__(self, completion_ids, **columns):
+        self.left -= 1
+        if self.left == 0:
+            self.happens()
+        return some_reward(completion_ids)
+
+
+@pytest.fixture(scope="module")
+def whole(train_tiny) -> dict[str, bytes]:
+    return content(train_tiny(reward=some_reward, **SETTINGS).path)
+
+
+@pytest.fixture
+def fails(tiny_trainer, train_tiny, tmp_path: Path, largest_file, whole) -> Callable[..., None]:
+    """Trains until the disk is full at a call of the reward, checks what is left, makes room and goes on to the undisturbed end."""
+
+    def check(call: int, size: Callable[[Path], int], error: type[Exception], message: str, gone: tuple[str, ...]) -> None:
+        run = tmp_path / "run"
+        filling = FillingAt(call, lambda: largest_file(size(run)))
+        with pytest.raises(error, match=message):
+            tiny_trainer(reward=filling, output_dir=str(run), **SETTINGS).train()
+        shown = read_run_files(run)  # while it is still full
+        assert [problem for problem in shown.problems if "damaged" in problem] == []
+        largest_file(resource.RLIM_INFINITY)
+        left = {path.relative_to(run).as_posix() for path in run.rglob("*")}
+        assert not [name for name in left if ".tmp" in name or name in gone]
+        RunDirectory.open(run).close()  # nobody holds it
+        train_tiny(resume=True, reward=some_reward, output_dir=str(run), **SETTINGS)
+        assert content(run) == whole
+
+    return check
+
+
+def of(name: str, more: int) -> Callable[[Path], int]:
+    return lambda run: (run / name).stat().st_size + more
+
+
+def test_a_full_disk_under_the_metrics_keeps_whole_lines(fails) -> None:
+    fails(4, of("metrics.jsonl", 100), RunDirectoryError, r"metrics\.jsonl was not written: the file would exceed the size", ("adapter",))
+
+
+def test_a_full_disk_under_the_samples_keeps_whole_lines(fails) -> None:
+    fails(4, of("samples.jsonl", 100), RunDirectoryError, r"samples\.jsonl was not written: the file would exceed", ("adapter",))
