@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gemma_grpo.disk import DISK, Disk
 
-MANIFEST, STATE, OPTIMIZER, POLICY = "MANIFEST.json", "state.json", "optimizer.safetensors", "policy"
+MANIFEST, STATE, OPTIMIZER, ROLLOUT, POLICY = "MANIFEST.json", "state.json", "optimizer.safetensors", "rollout.safetensors", "policy"
 _NAME = re.compile(r"step-(\d{8,})")
 _STAGED, _REPLACED, _GONE = ".tmp-", ".old-", ".trash-"
 """Before the name of what is not there yet, of what stands back until its successor is there, and of what is being deleted."""
@@ -42,6 +42,8 @@ class Checkpoint:
     """Training steps finished."""
     state: Mapping[str, Any]
     optimizer: Mapping[str, Tensor]
+    rollout: Mapping[str, Tensor]
+    """Of the step after the finished ones, as far as it had come; empty between steps."""
 
     @property
     def policy(self) -> Path:
@@ -69,6 +71,7 @@ def save_checkpoint(
     policy: Mapping[str, bytes],
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
+    rollout: Mapping[str, Tensor] | None = None,
     keep: int | None = None,
     disk: Disk = DISK,
 ) -> Path:
@@ -79,6 +82,7 @@ def save_checkpoint(
     """
     content = {f"{POLICY}/{name}": data for name, data in policy.items()}
     content |= {OPTIMIZER: save(dict(optimizer)), STATE: _json({"step": step, **state})}
+    content |= {ROLLOUT: save(dict(rollout))} if rollout else {}
     final = folder / f"step-{step:08d}"
     try:
         _make_folder(folder, disk)
@@ -213,9 +217,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise _damage(path, name, "sha256 mismatch")
     try:
         state, optimizer = json.loads(content[STATE]), load(content[OPTIMIZER])
+        rollout = load(content[ROLLOUT]) if ROLLOUT in content else {}
     except (KeyError, ValueError, SafetensorError) as error:  # whole, but not of this program
         raise _damage(path, f"{STATE} or {OPTIMIZER}", f"cannot be read ({error!r})") from error
-    return Checkpoint(path, _step(path), state, optimizer)
+    return Checkpoint(path, _step(path), state, optimizer, rollout)
 
 
 def _read_manifest(path: Path) -> Mapping[str, tuple[int, str]]:

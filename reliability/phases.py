@@ -13,10 +13,10 @@ from types import FrameType
 
 PLACES: dict[str, set[tuple[str, str]]] = {
     "pruning": {("checkpoint", "_prune")},
-    "saving": {("checkpoint", "save_checkpoint"), ("trainer", "_save_checkpoint"), ("trainer", "save_model")},
+    "saving": {("checkpoint", "save_checkpoint"), ("keeping", "save"), ("trainer", "save_model")},
     "evaluation": {("trainer", "evaluate")},
     "reward training": {("trainer", "_train_reward")},
-    "logging": {("events", "append_metrics"), ("events", "append_samples"), ("events", "event"), ("events", "update_run")},
+    "logging": {("events", "append_metrics"), ("events", "append_samples"), ("events", "event"), ("events", "ended")},
     "update": {("update", "update")},
     "rollout": {("local", "sample")},
     "reward": {("base", "score")},

@@ -55,6 +55,8 @@ class AdvantageSettings(Stage):
     """Largest absolute advantage; null for no limit."""
     aggregation: Literal["sum", "gdpo"] = "sum"
     """Several rewards: weighted sum first, or each normalised within its group first (GDPO)."""
+    no_signal_steps: Annotated[int, Field(ge=0)] = 20
+    """Stop after so many steps in a row in which every group's rewards were equal, so that nothing was learned; 0 never stops."""
 
 
 class LossSettings(Stage):
@@ -123,6 +125,10 @@ class OptimizerSettings(Stage):
     """Updates over which the learning rate rises linearly from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """After the warm-up: constant, or down to 0 at the last update."""
+    spike_sigma: Positive | None = 6.0
+    """A gradient norm is a spike beyond so many standard deviations (of its logarithm) above those before; null looks for none."""
+    on_spike: Literal["skip", "stop"] = "skip"
+    """What a spike does: the step's remaining updates are left out and counted (skipped_updates), or the run stops."""
 
 
 class RewardModelSettings(Stage):
@@ -155,6 +161,15 @@ class MemorySettings(Stage):
     """Tokens of one forward and backward pass, prompt and completions; null takes what batch_size full groups hold, if it fits."""
     kv_token_budget: Count | None = None
     """Tokens of keys and values held at a time while sampling; null samples a whole step's prompts together, if they fit."""
+
+
+class WatchdogSettings(Stage):
+    """Says what is waited for when a phase of a step takes far longer than it used to; it never ends anything."""
+
+    factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = 10.0
+    """Times its own median that a phase may take before a line says so; null switches the watchdog off."""
+    floor_seconds: Positive = 60.0
+    """No line before so many seconds; ten times as many for a phase whose usual length is not known yet."""
 
 
 class DataSettings(Stage):
@@ -231,6 +246,7 @@ class GRPOConfig(Stage):
     optimizer: OptimizerSettings = OptimizerSettings()
     reward_model: RewardModelSettings = RewardModelSettings()
     memory: MemorySettings = MemorySettings()
+    watchdog: WatchdogSettings = WatchdogSettings()
     data: DataSettings = DataSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Protocol
 
 SMOOTHING = 0.9
 """Weight of the past in the running mean of the KL."""
@@ -22,6 +22,24 @@ ROLLBACK_FACTOR = 1.5
 """Times the step limit that an update may reach before it is taken back."""
 MAX_RETRIES = 2
 """Halvings of an update that was taken back, before it is given up."""
+NORMS_BEFORE_JUDGING = 20
+"""Gradient norms that must have been seen before one can be a spike."""
+NORM_SMOOTHING = 0.98
+"""Weight of the past in the running moments of the gradient's norm."""
+LEAST_SPREAD = 0.1
+"""Standard deviation of log norms that is assumed at least: a run as even as a clock must not call 5 % a spike."""
+
+
+class Controller(Protocol):
+    """What has a memory that a checkpoint keeps."""
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        ...
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """Continue from what state() gave."""
+        ...
 
 
 class AdaptiveBeta:
@@ -182,6 +200,84 @@ class AdaptiveEntropy:
     def load(self, state: Mapping[str, float]) -> None:
         """Continue from what state() gave."""
         self.level, self.initial = state["level"], state["initial"]
+
+
+class SpikeGuard:
+    """Finds gradients whose norm lies far above those before, in standard deviations of its logarithm: norms spread by factors.
+
+    A spike counts in the running moments as the largest norm that is none, so that a lasting change is no spike for ever. After
+    OLMo-core's SkipStepOptimizer, which looks at the norm itself.
+    """
+
+    def __init__(self, sigma: float | None) -> None:
+        self.sigma = math.inf if sigma is None else sigma
+        self.skipped = 0
+        """Updates left out so far."""
+        self._seen, self._weight, self._sum, self._squares = 0, 0.0, 0.0, 0.0
+
+    def is_spike(self, norm: float) -> bool:
+        """Take in one update's norm; whether the update is to be left out. Norms of 0 say nothing and are passed over."""
+        if norm <= 0 or self.sigma == math.inf:
+            return False
+        value, limit = math.log(norm), self._limit()
+        spike = value > limit
+        value = min(value, limit)
+        self._seen += 1
+        self._weight = NORM_SMOOTHING * self._weight + 1
+        self._sum = NORM_SMOOTHING * self._sum + value
+        self._squares = NORM_SMOOTHING * self._squares + value * value
+        self.skipped += spike
+        return spike
+
+    def _limit(self) -> float:
+        """The largest log norm that is no spike."""
+        if self._seen < NORMS_BEFORE_JUDGING:
+            return math.inf
+        mean = self._sum / self._weight
+        spread = math.sqrt(max(0.0, self._squares / self._weight - mean * mean))
+        return mean + self.sigma * max(spread, LEAST_SPREAD)
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        moments = {"weight": self._weight, "sum": self._sum, "squares": self._squares}
+        return {"seen": float(self._seen), "skipped": float(self.skipped), **moments}
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """Continue from what state() gave."""
+        self._seen, self.skipped = int(state["seen"]), int(state["skipped"])
+        self._weight, self._sum, self._squares = state["weight"], state["sum"], state["squares"]
+
+
+class Signal:
+    """Counts steps without anything to learn from: every group's rewards equal, or none scored. 0: never ends training."""
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
+        self.steps, self.without, self.in_a_row = 0, 0, 0
+        """Steps seen, those of them without a signal, and how many the last ones are."""
+
+    def update(self, flat_fraction: float) -> None:
+        """Take in one step's share of groups whose rewards are equal."""
+        flat = flat_fraction == 1.0
+        self.steps, self.without, self.in_a_row = self.steps + 1, self.without + flat, self.in_a_row + 1 if flat else 0
+
+    @property
+    def lost(self) -> bool:
+        """Whether training has to stop."""
+        return 0 < self._patience <= self.in_a_row
+
+    @property
+    def never_there(self) -> bool:
+        """Whether not one step had a signal: what was trained learned nothing from its reward."""
+        return self.steps > 0 and self.without == self.steps
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"steps": float(self.steps), "without": float(self.without), "in_a_row": float(self.in_a_row)}
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """Continue from what state() gave."""
+        self.steps, self.without, self.in_a_row = (int(state[name]) for name in ("steps", "without", "in_a_row"))
 
 
 def _clamped(value: float, lowest: float, highest: float) -> float:

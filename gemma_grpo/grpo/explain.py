@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from gemma_grpo.config import GRPOConfig
+from gemma_grpo.grpo.control import Signal
 from gemma_grpo.types import StepRecord
 
 
-def step_warnings(record: StepRecord, config: GRPOConfig, earlier_retries: int) -> list[str]:
-    """Sentences to warn with after a step; usually none. `earlier_retries` is the oom_retries of the step before."""
+class NoSignalError(ValueError):
+    """A run whose rewards tell no completion from another: whatever it trained, it learned nothing from them."""
+
+
+def step_warnings(record: StepRecord, config: GRPOConfig, earlier: Mapping[str, float]) -> list[str]:
+    """Sentences to warn with after a step; usually none. `earlier` is PolicyUpdater.counted before the step."""
     metrics, said = record.metrics, []
     if metrics["frac_reward_zero_std"] == 1.0:
         said.append(
             "in every group all completions got the same reward, so nothing was learned from rewards. "
             "Raise temperature or num_generations, or use a finer reward."
         )
-    if metrics["passes"] < config.planning_steps:
+    if metrics["skipped_updates"] > earlier["skipped_updates"]:
+        said.append(
+            f"the gradient's norm, {metrics['grad_norm']:.3g}, is a spike beyond optimizer.spike_sigma ({config.optimizer.spike_sigma:g}): "
+            f"the update after {metrics['passes']:.0f} planning steps was left out. Look at this step's completions and rewards."
+        )
+    elif metrics["passes"] < config.planning_steps:
         said.append(f"kl.step_limit was reached after {metrics['passes']:.0f} planning steps.")
-    if metrics["oom_retries"] > earlier_retries:
+    if metrics["oom_retries"] > earlier["oom_retries"]:
         said.append(
             "memory ran out, and the pass was repeated in smaller pieces, to the same gradient. "
             f"memory.token_budget={metrics['token_budget']:.0f} in the recipe skips the attempt next time."
         )
     return [f"step {record.step}: {text}" for text in said]
+
+
+def no_signal(signal: Signal, config: GRPOConfig) -> str:
+    """Why a run without a signal ends, and what would help."""
+    if signal.never_there:
+        what = f"in none of the {signal.steps} steps did a reward tell one completion of a prompt from another"
+    else:
+        what = f"for {signal.in_a_row} steps in a row no reward told one completion of a prompt from another"
+    return (
+        f"{what}, so nothing was learned from rewards. Look at samples.jsonl; raise temperature ({config.temperature:g}) or "
+        f"num_generations ({config.num_generations}), or use a finer reward. What was trained is in the last checkpoint. "
+        f"advantage.no_signal_steps={config.advantage.no_signal_steps} set this limit."
+    )

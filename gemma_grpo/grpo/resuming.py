@@ -23,8 +23,11 @@ from gemma_grpo.model.precision import default_device
 from gemma_grpo.monitor.durable import write_atomically
 from gemma_grpo.monitor.events import RunDirectory
 
-MAY_CHANGE = ("epochs", "max_steps", "max_minutes", "save_steps", "keep_checkpoints", "evaluation.", "memory.")
+MAY_CHANGE = ("epochs", "max_steps", "max_minutes", "save_steps", "keep_checkpoints", "evaluation.", "memory.", "watchdog.")
 """Settings that leave the steps already made as they are; a dot at the end stands for a whole section."""
+
+BASE = "base.json"
+"""Checksums of the base's tensors, in the run directory."""
 
 
 class ResumeError(ValueError):
@@ -86,6 +89,14 @@ def fingerprint(data: TrainingData) -> str:
     return digest.hexdigest()
 
 
+def origin(config: GRPOConfig, data: str, checksums: Mapping[str, str]) -> dict[str, str]:
+    """What a checkpoint is of, each as a SHA-256: the data (their fingerprint), the base, and the settings that may not change."""
+    settings = {name: value for name, value in _settings(config).items() if not name.startswith(MAY_CHANGE)}
+    hashed = {"settings": settings, "base": dict(checksums)}
+    digests = {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for name, value in hashed.items()}
+    return {"data": data, **digests}
+
+
 def environment() -> dict[str, Any]:
     """What a run's numbers depend on, to the bit, besides settings and data."""
     device = default_device()
@@ -102,6 +113,25 @@ def check_data(run: RunDirectory, data: TrainingData, dataset: str) -> None:
         raise ResumeError(
             f"the dataset fingerprint {now[:12]} does not match {str(began)[:12]}, with which {run.path} began: {dataset} has other rows "
             "now, or in another order. Restore them, or start a new run in another output_dir."
+        )
+
+
+def check_base(run: RunDirectory, model: str, checksums: Mapping[str, str]) -> None:
+    """Raise ResumeError, naming the first tensors, unless the base's weights are those the run began with."""
+    path = run.path / BASE
+    if not path.is_file():  # killed before it was written
+        run.write_json(BASE, {"model": model, "crc32": dict(checksums)})
+        return
+    try:
+        began = dict(json.loads(path.read_text(encoding="utf-8"))["crc32"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResumeError(f"{path} cannot be read ({error}). Restore it, or delete it if you know that the base is unchanged.") from error
+    other = sorted(name for name in {*began, *checksums} if began.get(name) != checksums.get(name))
+    if other:
+        named = ", ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
+        raise ResumeError(
+            f"the base {model} is not what {run.path} began with: {named} {'differ' if len(other) > 1 else 'differs'}. "
+            "A damaged file, or another version: download it again, or start a new run in another output_dir."
         )
 
 

@@ -1,4 +1,7 @@
-"""One training step: rollout, reward, reference pass, advantages, update, metrics. The trainer's loop repeats it."""
+"""One training step: rollout, reward, reference pass, advantages, update, metrics. The trainer's loop repeats it.
+
+A step that is broken off keeps what it has (`Stepper.under_way`), and can go on from there.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,19 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gemma_grpo import watchdog
 from gemma_grpo.config import GRPOConfig
-from gemma_grpo.data.batch import GroupBatch, PolicyBatch, pad_rollouts, pad_values
+from gemma_grpo.data.batch import GroupBatch, PolicyBatch
 from gemma_grpo.grpo.advantages import BASELINES, SCALES, flat_group_fraction, gdpo_advantages, group_advantages
 from gemma_grpo.grpo.loss import kl_reward_penalty
+from gemma_grpo.grpo.progress import StepUnderWay, rollout_batch
 from gemma_grpo.grpo.update import PolicyUpdater
 from gemma_grpo.model.gemma import Gemma, ModelRole
 from gemma_grpo.model.logprobs import completion_logprobs
@@ -27,7 +33,7 @@ from gemma_grpo.types import Prompt, RolloutGroup, ScoredGroup, StepRecord
 
 
 class Stepper:
-    """What a step needs, put together once; the only state is the updater's and a token count."""
+    """What a step needs, put together once; the only state is the updater's, a token count, and what a broken-off step had."""
 
     def __init__(
         self,
@@ -47,24 +53,44 @@ class Stepper:
         """Seconds. A device may still be working when the plain one is read; a profiled run's waits for it."""
         self.num_tokens = 0
         """Completion tokens learned from so far."""
+        self.under_way: StepUnderWay | None = None
+        """What the step had that was broken off last; None between steps."""
+        self._doing = ""
 
-    def train_step(self, prompts: Sequence[Prompt], step: int) -> tuple[StepRecord, list[ScoredGroup]]:
-        """Sample, score and learn from one rollout batch; `step` counts from 0."""
+    def train_step(
+        self, prompts: Sequence[Prompt], step: int, begun: StepUnderWay | None = None
+    ) -> tuple[StepRecord, list[ScoredGroup]]:
+        """Sample, score and learn from one rollout batch; `step` counts from 0. With `begun`, only what is left of it."""
         seconds: dict[str, float] = {}
+        self._doing = f"step {step + 1}, prompts {', '.join(prompt.prompt_id for prompt in prompts)}"
+        now = self.under_way = begun or StepUnderWay(self._rollout(prompts, step, seconds))
+        if now.batch is None or now.scores is None:
+            now = self.under_way = StepUnderWay(now.groups, *self._scored(now.groups, seconds))
+        groups, scores, batch = now.groups, now.scores, now.batch
+        assert scores is not None
+        assert batch is not None
+        with self._phase("update", seconds):
+            try:
+                metrics = self.updater.update(batch, step, now.passes)  # planning_steps x micro-batches
+            except BaseException:
+                self.under_way = replace(now, passes=self.updater.passes)
+                raise
+        self.under_way = None
+        self.num_tokens += int(batch.completion_mask.sum())
+        measured = {**reward_metrics(scores), **length_metrics(groups), **metrics, "num_tokens": float(self.num_tokens)}
+        return StepRecord(step + 1, seconds, measured), scored_groups(groups, scores, batch.advantages)
+
+    def _rollout(self, prompts: Sequence[Prompt], step: int, seconds: dict[str, float]) -> list[RolloutGroup]:
         with self._phase("rollout", seconds):
-            groups = self.engine.sample(prompts, sampling_params(self.config, step))  # one prefill per prompt
+            return self.engine.sample(prompts, sampling_params(self.config, step))  # one prefill per prompt
+
+    def _scored(self, groups: Sequence[RolloutGroup], seconds: dict[str, float]) -> tuple[StackScores, PolicyBatch]:
         with self._one_pass_for_judge_and_reference(groups):
             with self._phase("reward", seconds):
                 scores = self.rewards.score(groups)
             with self._phase("reference", seconds):
-                batch = policy_batch(
-                    self.model, groups, scores, self.rewards.weights, self.config, self.updater.beta.beta, judge=self.judge
-                )
-        with self._phase("update", seconds):
-            metrics = self.updater.update(batch, step)  # planning_steps x micro-batches
-        self.num_tokens += int(batch.completion_mask.sum())
-        measured = {**reward_metrics(scores), **length_metrics(groups), **metrics, "num_tokens": float(self.num_tokens)}
-        return StepRecord(step + 1, seconds, measured), scored_groups(groups, scores, batch.advantages)
+                beta, weights = self.updater.beta.beta, self.rewards.weights
+                return scores, policy_batch(self.model, groups, scores, weights, self.config, beta, judge=self.judge)
 
     def _one_pass_for_judge_and_reference(self, groups: Sequence[RolloutGroup]) -> AbstractContextManager[None]:
         if self.judge is None or self.config.kl.placement == "off":
@@ -74,10 +100,11 @@ class Stepper:
     @contextmanager
     def _phase(self, name: str, seconds: dict[str, float]) -> Iterator[None]:
         """One phase: its time is taken, and what it leaves in torch's caches goes back, as the next one needs other sizes."""
-        started = self.clock()
-        yield
-        release(self.model.device)
-        seconds[name] = self.clock() - started
+        with watchdog.phase(name, self._doing):
+            started = self.clock()
+            yield
+            release(self.model.device)
+            seconds[name] = self.clock() - started
 
 
 def sampling_params(
@@ -129,17 +156,26 @@ def policy_batch(
     judge: ZeroShotJudge | None = None,
 ) -> PolicyBatch:
     """Everything one update learns from. The reference pass is skipped when no KL penalty asks for it."""
-    batch = pad_rollouts(groups).to(model.device)
-    sampling = pad_values([[completion.sampling_logprobs for completion in group.completions] for group in groups], batch).to(model.device)
+    batch = rollout_batch(groups, torch.zeros((len(groups), len(groups[0].completions)), device=model.device), None)
     ref = None
     if config.kl.placement != "off":
         ref = reference_logprobs(model, groups, batch, judge, temperature=config.temperature)
     penalty = None
     if config.kl.placement == "reward" and ref is not None:
-        flat = (tensor.flatten(0, 1) for tensor in (sampling, ref, batch.completion_mask))
+        flat = (tensor.flatten(0, 1) for tensor in (batch.sampling_logprobs, ref, batch.completion_mask))
         penalty = kl_reward_penalty(*flat, beta=beta).view(len(groups), -1)
     advantages = step_advantages(scores, batch.completion_mask.sum(-1), weights, config, penalty)
-    return PolicyBatch(**vars(batch), sampling_logprobs=sampling, advantages=advantages, old_logprobs=None, ref_logprobs=ref)
+    for name, values in {"reference's log-probabilities": ref, "advantages": advantages}.items():
+        _check_finite(name, values, groups)
+    return replace(batch, advantages=advantages, ref_logprobs=ref)
+
+
+def _check_finite(name: str, values: Tensor | None, groups: Sequence[RolloutGroup]) -> None:
+    """Raise FloatingPointError naming the first prompt whose values, [N ...], are not all finite."""
+    broken = [] if values is None else (~torch.isfinite(values)).flatten(1).any(-1).nonzero().flatten().tolist()
+    if broken:
+        prompts = ", ".join(groups[n].prompt.prompt_id for n in broken[:3])
+        raise FloatingPointError(f"the {name} of prompt {prompts} are not finite; nothing was updated. Look at the rewards and the base.")
 
 
 def step_advantages(

@@ -14,12 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gemma_grpo.checkpoint import Checkpoint, save_checkpoint, saving
+from gemma_grpo import watchdog
+from gemma_grpo.checkpoint import Checkpoint, saving
 from gemma_grpo.config import GRPOConfig, build_config, dump_recipe, load_recipe
 from gemma_grpo.data.prompts import order
 from gemma_grpo.grpo import preflight, resuming
 from gemma_grpo.grpo.assess import evaluate_policy, train_and_measure_reward
-from gemma_grpo.grpo.explain import step_warnings
+from gemma_grpo.grpo.explain import NoSignalError, no_signal, step_warnings
+from gemma_grpo.grpo.keeping import Keeper
+from gemma_grpo.grpo.progress import StepUnderWay
 from gemma_grpo.grpo.setup import (
     TRAINED,
     ZERO_SHOT,
@@ -98,7 +101,8 @@ class GRPOTrainer:
         self._calibration: dict[str, Any] = {}
         self._prepared, self._for_reward_alone = False, False
         self._profiler: Profiler | None = None
-        self.step = self._saved_step = 0
+        self.step = 0
+        self._begun: StepUnderWay | None = None
 
     # ---- what a user calls
 
@@ -144,9 +148,11 @@ class GRPOTrainer:
     def evaluate(self) -> dict[str, Any]:
         """Before (adapters off) and after on held-out prompts; written to evaluation.json."""
         started = time.perf_counter()
-        self.view.phase("evaluation", f"{min(self.config.evaluation.num_prompts, len(self.data.held_out_prompts))} held-out prompts")
+        asked = f"{min(self.config.evaluation.num_prompts, len(self.data.held_out_prompts))} held-out prompts"
+        self.view.phase("evaluation", asked)
         prompts, gold = self.data.held_out_prompts, known_gold(self._dataset)
-        result = evaluate_policy(self.model, self.engine, self.rewards, prompts, self.config, gold, judge=self.stepper.judge)
+        with watchdog.phase("evaluation", asked):
+            result = evaluate_policy(self.model, self.engine, self.rewards, prompts, self.config, gold, judge=self.stepper.judge)
         if result:
             result["seconds"] = time.perf_counter() - started
             self.run.write_json("evaluation.json", result)
@@ -179,44 +185,51 @@ class GRPOTrainer:
 
     def _loop(self) -> None:
         self.view.phase("training", f"{self.plan().product}; {len(self.data.prompts)} prompts, {self.total_steps} steps")
-        retries = self.model.budget.halvings
+        counted = self.updater.counted
         if self._profiler:
             self._profiler.begin(self.step)
-        while self.step < self.total_steps and not self.updater.hard_stop.reached:
+        hard_stop, signal = self.updater.hard_stop, self.updater.signal
+        while self.step < self.total_steps and not hard_stop.reached and not signal.lost:
             record, scored = self._step_or_save()
             self.step += 1
             self.run.append_metrics(record)
             self.run.append_samples(record.step, scored)
             self.run.event("step_time", step=record.step, seconds=dict(record.seconds))
             self.view.step(record, self.total_steps, group=scored[0])
-            self._warn(*step_warnings(record, self.config, retries))
-            retries = int(record.metrics["oom_retries"])
-            stop = self.updater.over_budget()
-            if stop:
+            self._warn(*step_warnings(record, self.config, counted))
+            counted = self.updater.counted
+            signal.update(record.metrics["frac_reward_zero_std"])
+            if self.updater.over_budget():
                 self._warn(f"the KL to the reference stayed above twice kl.ref_target: stopped at step {record.step}. Raise kl.beta.")
-            if stop or self.step == self.total_steps or (self.config.save_steps and self.step % self.config.save_steps == 0):
-                self._save_checkpoint()
+            due = self.config.save_steps and self.step % self.config.save_steps == 0
+            if due or hard_stop.reached or signal.lost or self.step == self.total_steps:
+                self.keeper.save(self.step)
             if self._profiler:
                 self._profiler.step(record, [one.group for one in scored])
-            if stop:
-                return
+        if signal.lost or signal.never_there:  # must not pass for a success
+            raise NoSignalError(no_signal(signal, self.config))
 
     def _step_or_save(self) -> tuple[StepRecord, list[ScoredGroup]]:
-        """One step; what ends it early, a request or an error, must not cost the finished ones: an update it broke off took itself back."""
+        """One step; what ends it early, a request or an error, must not cost the finished ones, nor what it had itself."""
+        begun, self._begun = self._begun, None
         try:
-            return self.stepper.train_step(self._prompts_of_step(self.step), self.step)
-        except BaseException:
-            if self.step > self._saved_step and self.updater.intact:
-                try:
-                    self._save_checkpoint()
-                except Exception as error:
-                    self.view.warn(f"step {self.step} was not saved: {error}")
+            return self.stepper.train_step(self._prompts_of_step(self.step), self.step, begun)
+        except BaseException as error:
+            not_kept = self.keeper.save_after(error, self.step)
+            if not_kept:
+                self.view.warn(not_kept)
             raise
 
     def _warn(self, *texts: str) -> None:
         for text in texts:
             self.run.event("warn", text=text)
             self.view.warn(text)
+
+    def _late(self, text: str, stack: Sequence[str]) -> None:
+        """From the watchdog's thread."""
+        if self._run is not None:
+            self._run.event("late", text=text, stack=list(stack))
+        self.view.warn(text)
 
     # ---- before and after the loop
 
@@ -239,26 +252,24 @@ class GRPOTrainer:
     @contextmanager
     def _running(self, *, resume: bool, force: bool) -> Iterator[None]:
         """Everything a run needs, in the order in which it can fail cheaply; the outcome in run.json whatever happens."""
-        with self.view, listening(self.config.max_minutes):
+        watchdog_settings = self.config.watchdog.model_dump()
+        with self.view, listening(self.config.max_minutes), watchdog.watching(self._late, **watchdog_settings):
             try:
-                with interruptible():
+                with interruptible(), watchdog.phase("loading", self.config.model_name):
                     if self._run is None:
                         self._open_run(resume=resume, force=force)
                     self._prepare(force=force)
                 if resume:
                     resuming.check_data(self.run, self.data, self.config.dataset)
+                resuming.check_base(self.run, self.config.model_name, self.model.checksums)
                 self.run.event("start", resume=resume)
                 yield
             except BaseException as error:
-                stopped = isinstance(error, KeyboardInterrupt)
-                status, text = ("stopped", f"stopped {error}".strip()) if stopped else ("failed", f"{type(error).__name__}: {error}")
                 if self._run is not None:
-                    self.run.event("error", text=text)
-                    self.run.update_run(status=status, ended=time.time(), error=text, **({"steps": self.step} if self.step else {}))
+                    self.run.ended(self.step, error)
                 raise
             else:
-                self.run.event("end", step=self.step)
-                self.run.update_run(status="finished", ended=time.time(), steps=self.step)
+                self.run.ended(self.step)
             finally:
                 if self._run is not None:
                     self.run.close()
@@ -337,15 +348,10 @@ class GRPOTrainer:
             return self._calibration
         self.view.phase("reward adapter", f"no reward given: training one on {len(self.data.pairs)} preference pairs")
         started = time.perf_counter()
-        self._calibration = train_and_measure_reward(
-            self.model,
-            self.engine,
-            (self.data.pairs, self.data.held_out_pairs),
-            self.data.held_out_prompts or self.data.prompts,
-            self.config,
-            gold=gold_margin(self._dataset),
-            progress=self._reward_progress,
-        )
+        data, watched = self.data, {"gold": gold_margin(self._dataset), "progress": self._reward_progress}
+        pairs, prompts = (data.pairs, data.held_out_pairs), data.held_out_prompts or data.prompts
+        with watchdog.phase("reward training", f"{len(data.pairs)} pairs"):
+            self._calibration = train_and_measure_reward(self.model, self.engine, pairs, prompts, self.config, **watched)  # type: ignore[arg-type]
         release(self.model.device)
         with saving(self.run.reward):
             self.model.save_adapter("reward", self.run.reward)
@@ -374,14 +380,8 @@ class GRPOTrainer:
         self.rewards = build_reward_stack(self._function, self.weights, self.model, self.config, mean, judge=judge)
         clock = self._profiler.clock if self._profiler else time.perf_counter
         self.stepper = Stepper(self.model, self.engine, self.rewards, self.updater, self.config, judge=judge, clock=clock)
-
-    def _save_checkpoint(self) -> None:
-        tensors, controllers = self.updater.state()
-        state = {"controllers": controllers, "num_tokens": self.stepper.num_tokens, "offsets": self.run.offsets()}
-        folder, keep, policy = self.run.checkpoints, self.config.keep_checkpoints, self.model.adapter_files("policy")
-        path = save_checkpoint(folder, self.step, policy=policy, optimizer=tensors, state=state, keep=keep)
-        self._saved_step = self.step
-        self.run.event("checkpoint", step=self.step, path=path.name)
+        origin = resuming.origin(self.config, resuming.fingerprint(self.data), self.model.checksums)
+        self.keeper = Keeper(self.run, self.stepper, origin, self.config.keep_checkpoints)
 
     def _go_on_from(self, checkpoint: Checkpoint | None) -> None:
         self._warn(*resuming.differences(self.run))
@@ -389,11 +389,7 @@ class GRPOTrainer:
             self.run.truncate({})
             self.view.note("no step was saved before the run ended: it begins again")
             return
-        self.model.load_adapter("policy", checkpoint.policy)
-        self.updater.load(checkpoint.optimizer, checkpoint.state["controllers"])
-        self.run.truncate(checkpoint.state["offsets"])
-        self.step = self._saved_step = checkpoint.step
-        self.stepper.num_tokens = checkpoint.state["num_tokens"]
-        self.view.note(
-            f"resumed {checkpoint.path.name}: adapter, optimizer, controllers and data position; {self.step}/{self.total_steps} steps"
-        )
+        self._begun = self.keeper.restore(checkpoint, self._prompts_of_step(checkpoint.step))
+        self.step = checkpoint.step
+        restored = f"adapter, optimizer, controllers and data position{', and what the next step had' if self._begun else ''}"
+        self.view.note(f"resumed {checkpoint.path.name}: {restored}; {self.step}/{self.total_steps} steps")

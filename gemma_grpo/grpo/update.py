@@ -1,4 +1,4 @@
-"""One rollout batch into weights: planning passes, micro-batches, the step limit. Owns the optimizer and the controllers.
+"""One rollout batch into weights: planning passes, micro-batches, the step limit. Owns the controllers.
 
 Nothing acts before it was checked finite; an update that goes further than the step limit allows is taken back. The gradient is
 that of the whole step: neither the token budget nor a piece repeated after running out of memory changes it.
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,14 +17,27 @@ from torch import Tensor
 
 from gemma_grpo.config import GRPOConfig
 from gemma_grpo.data.batch import PolicyBatch, WeightedBatch
-from gemma_grpo.grpo.control import AdaptiveBeta, AdaptiveEntropy, HardStop, StepLimit
+from gemma_grpo.grpo.control import AdaptiveBeta, AdaptiveEntropy, Controller, HardStop, Signal, SpikeGuard, StepLimit
 from gemma_grpo.grpo.loss import KL_ESTIMATORS, POLICY_LOSSES, policy_objective, sampler_weights, step_kl, token_weights
+from gemma_grpo.grpo.optimizer import PolicyOptimizer, Snapshot
+from gemma_grpo.grpo.progress import PassesMade
 from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.model.logprobs import completion_logprobs
-from gemma_grpo.model.memory import TokenBudget
 from gemma_grpo.model.precision import LossScale
 
 Gradient = list[Tensor]
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Where an update that ends early goes back to: its last whole pass, or its start."""
+
+    snapshot: Snapshot | None
+    """Before the last whole pass, which may still be shortened; None while nothing was changed."""
+    controllers: Mapping[str, Mapping[str, float]]
+    tokens: int | None
+    """The token budget."""
+    made: PassesMade | None
 
 
 class PolicyUpdater:
@@ -35,14 +47,7 @@ class PolicyUpdater:
         self.model, self.config = model, config
         self.total_updates = max(1, total_steps * config.planning_steps)
         self.parameters = model.adapter_parameters("policy")
-        optimizer = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()),
-            lr=config.learning_rate,
-            betas=(optimizer.beta1, optimizer.beta2),
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-        )
+        self.optimizer = PolicyOptimizer(self.parameters, config.optimizer, config.learning_rate)
         kl, entropy = config.kl, config.entropy
         target = None if kl.placement == "off" else kl.ref_target
         self.beta = AdaptiveBeta(kl.beta if kl.placement != "off" else 0.0, target=target, minimum=kl.beta_min, maximum=kl.beta_max)
@@ -53,68 +58,110 @@ class PolicyUpdater:
         self.policy_loss = partial(POLICY_LOSSES[loss.type], clip_low=loss.clip_low, clip_high=loss.clip_high, dual_clip=loss.dual_clip)
         self.kl_estimator = KL_ESTIMATORS[kl.estimator] if kl.placement == "loss" else None
         self.loss_scale = LossScale(model.dtype)
-        self._start: tuple[list[Tensor], dict[str, Any]] | None = None
-        """Weights and optimizer before the first pass of an update, while there is one."""
+        self.spikes, self.signal = SpikeGuard(config.optimizer.spike_sigma), Signal(config.advantage.no_signal_steps)
+        self.passes: PassesMade | None = None
+        """The passes of an update that was broken off after some: it can go on from there."""
+        self._point: _Point | None = None
+        """What an update under way goes back to; None when there is none, or one that ended early went back."""
 
-    def update(self, batch: PolicyBatch, step: int) -> dict[str, float]:
-        """All planning passes over one rollout batch; what they measured, by metric name.
+    def update(self, batch: PolicyBatch, step: int, made: PassesMade | None = None) -> dict[str, float]:
+        """All planning passes over one rollout batch; what they measured, by metric name. With `made`, those that are left of them.
 
-        Whatever ends it early leaves weights, optimizer and controllers as they were: a request to stop, an error, or a loss or a
-        gradient that is not finite, which raises FloatingPointError.
+        Whatever ends it early leaves weights, optimizer and controllers as they were after its last whole pass, which `passes` then
+        holds: a request to stop, an error, or a number that is not finite, which raises FloatingPointError.
         """
-        controllers, tokens = self._controller_states(), self.model.budget.tokens
-        self._start = None
+        snapshot = None if made is None else self.optimizer.snapshot()
+        self._point = _Point(snapshot, self._controller_states(), self.model.budget.tokens, made)
         try:
-            metrics = self._planning_passes(batch, step)
+            metrics = self._planning_passes(batch, step, made)
         except BaseException:
-            if self._start is not None:
-                self._restore(self._start)
-            self._load_controllers(controllers)
-            self.model.budget.tokens = tokens  # which load never raises
-            self._start = None
+            self._go_back(self._point)
             raise
-        self._start = None
+        self.passes = self._point = None
         return metrics
 
     @property
     def intact(self) -> bool:
-        """Whether weights and optimizer are those after the last whole update: not when one that ended early could not be taken back."""
-        return self._start is None
+        """Whether weights and optimizer are those of a whole pass: not when an update that ended early could not be taken back."""
+        return self._point is None
 
-    def _planning_passes(self, batch: PolicyBatch, step: int) -> dict[str, float]:
-        self._seed_dropout(step)
-        self.loss_scale.relax()
-        first: dict[str, float] = {}
-        sums: dict[str, float] = {}
-        norm, kl_step, passes, taken = 0.0, 0.0, 0, None
-        for index in range(self.config.planning_steps):
-            gradient, sums, logprobs = self._accumulate(batch)
-            if index == 0:
-                # the first pass's own log-probabilities are the old ones: its ratio is exactly 1, and no pass is spent on them
-                first, batch = sums, replace(batch, old_logprobs=logprobs)
-            else:
-                kl_step = sums["kl_step_sum"] / sums["tokens"]
-                if self._shortened(batch, taken, kl_step) or self.limit.before_pass(kl_step) == "stop":
-                    break
-            norm = self._checked_norm(gradient, sums, step)
-            taken = (self._snapshot(), gradient, self.learning_rate(step * self.config.planning_steps + index))
-            self._start = self._start or taken[0]
-            self._apply(gradient, taken[2])
-            passes += 1
+    @property
+    def counted(self) -> dict[str, float]:
+        """Metrics that count through the whole run: updates left out as spikes, and passes that ran out of memory."""
+        return {"skipped_updates": float(self.spikes.skipped), "oom_retries": float(self.model.budget.halvings)}
+
+    def _go_back(self, point: _Point) -> None:
+        if point.snapshot is not None:
+            self.optimizer.restore(point.snapshot)
+        self._load_controllers(point.controllers)
+        self.model.budget.tokens = point.tokens  # which load never raises
+        self.passes, self._point = point.made, None
+
+    def _planning_passes(self, batch: PolicyBatch, step: int, made: PassesMade | None) -> dict[str, float]:
+        if made is None:
+            self.loss_scale.relax()
         else:
-            if self._may_have_gone_far(kl_step, passes):
-                kl_step = self._measured_step_kl(batch)
-                self._shortened(batch, taken, kl_step)
-        return self._metrics(batch, first, sums) | {
-            "grad_norm": norm,
-            "kl_step": kl_step,
-            "passes": float(passes),
-            "learning_rate": 0.0 if taken is None else taken[2],
+            self.optimizer.apply(made.gradient, made.numbers["rate"])
+        goes_on = True
+        while goes_on and (made is None or made.count < self.config.planning_steps):
+            made, goes_on = self._pass(batch, step, made)
+        assert made is not None
+        if goes_on and self._may_have_gone_far(made):
+            kl_step = self._measured_step_kl(replace(batch, old_logprobs=made.old_logprobs))
+            self._shortened(batch, made, kl_step)
+            made = made.with_numbers(kl_step=kl_step)
+        return self._metrics(replace(batch, old_logprobs=made.old_logprobs), made) | {
+            "grad_norm": made.numbers["grad_norm"],
+            "kl_step": made.numbers["kl_step"],
+            "passes": float(made.count),
+            "learning_rate": made.numbers["rate"],
             "rollbacks": float(self.limit.rollbacks),
-            "oom_retries": float(self.model.budget.halvings),
+            **self.counted,
             **({"overflow_retries": float(self.loss_scale.retries)} if self.loss_scale.active else {}),
             **({} if self.model.budget.tokens is None else {"token_budget": float(self.model.budget.tokens)}),
         }
+
+    def _pass(self, batch: PolicyBatch, step: int, made: PassesMade | None) -> tuple[PassesMade, bool]:
+        """One more pass, and whether another may follow: not after one that is left out."""
+        index = 0 if made is None else made.count
+        update = step * self.config.planning_steps + index
+        self._seed_dropout(update)
+        gradient, sums, logprobs = self._accumulate(batch if made is None else replace(batch, old_logprobs=made.old_logprobs))
+        if made is None:
+            # the first pass's own log-probabilities are the old ones: its ratio is exactly 1, and no pass is spent on them
+            made = PassesMade(0, gradient, logprobs, {"rate": 0.0, "grad_norm": 0.0, "kl_step": 0.0}, first=sums, last=sums)
+        else:
+            kl_step = sums["kl_step_sum"] / sums["tokens"]
+            made = replace(made, last=sums).with_numbers(kl_step=kl_step)
+            if self._shortened(batch, made, kl_step) or self.limit.before_pass(kl_step) == "stop":
+                return made, False
+        norm = self._checked_norm(gradient, sums, step)
+        made = made.with_numbers(grad_norm=norm)
+        if self.spikes.is_spike(norm):
+            self._refuse_spike(norm, step)
+            return made, False
+        made = replace(made, count=index + 1, gradient=gradient).with_numbers(rate=self.learning_rate(update))
+        self._take(made, step)
+        return made, True
+
+    def _take(self, made: PassesMade, step: int) -> None:
+        """Apply a pass's gradient; from here on, what ends the update early goes back to this pass, not to the one before."""
+        assert self._point is not None
+        snapshot = self.optimizer.snapshot()
+        self._point = replace(self._point, snapshot=self._point.snapshot or snapshot)
+        self.optimizer.apply(made.gradient, made.numbers["rate"])
+        broken = self.optimizer.not_finite()
+        if broken is not None:
+            raise FloatingPointError(f"step {step + 1}: the update makes {broken} not finite; it was taken back. Lower learning_rate.")
+        self._point = _Point(snapshot, self._controller_states(), self.model.budget.tokens, made)
+
+    def _refuse_spike(self, norm: float, step: int) -> None:
+        if self.config.optimizer.on_spike == "stop":
+            raise FloatingPointError(
+                f"step {step + 1}: the gradient's norm is {norm:.3g}, beyond optimizer.spike_sigma ({self.spikes.sigma:g}) standard "
+                "deviations above those before; nothing was updated. Look at the step's completions and rewards; "
+                "optimizer.on_spike=skip leaves such an update out."
+            )
 
     def learning_rate(self, update: int) -> float:
         """Rate of the update with this number, from 0: linear warm-up, then the schedule down to the last update of the run."""
@@ -201,40 +248,36 @@ class PolicyUpdater:
                 raise FloatingPointError(
                     f"step {step + 1}: the gradient of {name} is not finite; nothing was updated. Lower learning_rate."
                 )
-        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in gradient])))
+        # float64: squares of finite float32 numbers can be beyond float32
+        norm = math.sqrt(sum(float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2 for tensor in gradient))
         limit = self.config.optimizer.max_grad_norm
         if limit is not None and norm > limit:
             for tensor in gradient:
                 tensor.mul_(limit / norm)
         return norm
 
-    def _apply(self, gradient: Gradient, rate: float) -> None:
-        for parameter, tensor in zip(self.parameters.values(), gradient, strict=True):
-            parameter.grad = tensor.clone()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _shortened(self, batch: PolicyBatch, taken: Any, kl_step: float) -> bool:
-        """Take an update that went too far back, and try a half and a quarter of it; whether anything was taken back."""
+    def _shortened(self, batch: PolicyBatch, made: PassesMade, kl_step: float) -> bool:
+        """Take the last pass, when it went too far, back, and try a half and a quarter of it; whether anything was taken back."""
         verdict = self.limit.after_update(kl_step)
         if verdict == "accept":
             return False
-        snapshot, gradient, rate = taken
+        assert self._point is not None
+        assert self._point.snapshot is not None
+        batch = replace(batch, old_logprobs=made.old_logprobs)
         while verdict != "accept":
-            self._restore(snapshot)
+            self.optimizer.restore(self._point.snapshot)
             if verdict == "reject":
                 break
-            self._apply(gradient, rate * self.limit.step_scale)
+            self.optimizer.apply(made.gradient, made.numbers["rate"] * self.limit.step_scale)
             verdict = self.limit.after_update(self._measured_step_kl(batch))
         return True
 
-    def _may_have_gone_far(self, kl_step: float, passes: int) -> bool:
+    def _may_have_gone_far(self, made: PassesMade) -> bool:
         """Whether the last update's distance is worth a forward pass. KL grows with the square of the way: n equal updates
         after n - 1 that measured kl_step reach about kl_step (n / (n - 1))^2; one update alone is always measured."""
         if not self.limit.active:
             return False
+        passes, kl_step = made.count, made.numbers["kl_step"]
         return passes < 2 or kl_step * (passes / (passes - 1)) ** 2 > (self.config.kl.step_limit or math.inf)
 
     @torch.no_grad()
@@ -248,9 +291,9 @@ class PolicyUpdater:
         now, _ = completion_logprobs(self.model, piece, temperature=self.config.temperature)
         return float(step_kl(now.flatten(0, 1), piece.old_logprobs.flatten(0, 1), piece.completion_mask.flatten(0, 1)).sum())
 
-    def _metrics(self, batch: PolicyBatch, first: Mapping[str, float], last: Mapping[str, float]) -> dict[str, float]:
+    def _metrics(self, batch: PolicyBatch, made: PassesMade) -> dict[str, float]:
         """Loss, KL and entropy of the on-policy first pass; clip shares of the last one. Moves the controllers on."""
-        tokens = first["tokens"]
+        first, last, tokens = made.first, made.last, made.first["tokens"]
         assert batch.old_logprobs is not None
         gap = (batch.old_logprobs - batch.sampling_logprobs).abs()[batch.completion_mask]
         metrics = {
@@ -274,39 +317,18 @@ class PolicyUpdater:
         """Whether the KL to the reference has been above twice its target for too long: training should stop."""
         return self.beta.smoothed_kl is not None and self.hard_stop.update(self.beta.smoothed_kl)
 
-    def _snapshot(self) -> tuple[list[Tensor], dict[str, Any]]:
-        state = self.optimizer.state_dict()
-        copied = {index: {key: value.clone() for key, value in entry.items()} for index, entry in state["state"].items()}
-        return [p.detach().clone() for p in self.parameters.values()], {**state, "state": copied}
-
-    @torch.no_grad()
-    def _restore(self, snapshot: tuple[list[Tensor], dict[str, Any]]) -> None:
-        for parameter, value in zip(self.parameters.values(), snapshot[0], strict=True):
-            parameter.copy_(value)
-        # load_state_dict keeps the tensors it is given: a second retry must not find them changed by the first
-        copied = {index: {key: value.clone() for key, value in entry.items()} for index, entry in snapshot[1]["state"].items()}
-        self.optimizer.load_state_dict({**snapshot[1], "state": copied})
-
-    def _seed_dropout(self, step: int) -> None:
+    def _seed_dropout(self, update: int) -> None:
         if self.config.lora.dropout:
-            # a function of (seed, step), so that a resumed run drops what the uninterrupted one dropped
-            torch.manual_seed(self.config.seed * 1_000_003 + step)
+            # a function of (seed, update), so that a resumed run drops what the uninterrupted one dropped
+            torch.manual_seed(self.config.seed * 1_000_003 + update)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
         """Adam's moments by parameter name, and the controllers' numbers: all a checkpoint needs to go on exactly."""
-        tensors = {}
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{name}/{key}"] = value.detach().clone()
-        return tensors, self._controller_states()
+        return self.optimizer.state(), self._controller_states()
 
     def load(self, tensors: Mapping[str, Tensor], controllers: Mapping[str, Mapping[str, float]]) -> None:
         """Continue from what state() gave."""
-        for full_name, value in tensors.items():
-            name, _, key = full_name.rpartition("/")
-            # AdamW keeps its count of updates on the CPU, its moments where the weights are
-            place = value.device if key == "step" else self.parameters[name].device
-            self.optimizer.state[self.parameters[name]][key] = value.to(place, copy=True)
+        self.optimizer.load(tensors)
         self._load_controllers(controllers)
 
     def _controller_states(self) -> dict[str, dict[str, float]]:
@@ -316,7 +338,7 @@ class PolicyUpdater:
         for name, controller in self._controllers().items():
             controller.load(states[name])
 
-    def _controllers(self) -> dict[str, AdaptiveBeta | HardStop | StepLimit | AdaptiveEntropy | TokenBudget | LossScale]:
+    def _controllers(self) -> dict[str, Controller]:
         return {
             "beta": self.beta,
             "hard_stop": self.hard_stop,
@@ -324,4 +346,6 @@ class PolicyUpdater:
             "entropy": self.entropy,
             "memory": self.model.budget,
             "loss_scale": self.loss_scale,
+            "spikes": self.spikes,
+            "signal": self.signal,
         }

@@ -7,7 +7,7 @@ states (logprobs.py).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -48,6 +48,8 @@ class Gemma:
         self.causal_lm = base
         self.budget = TokenBudget(None)
         """How many tokens a pass over completions may hold; sampling has a limit of its own (rollout/local.py)."""
+        self.checksums: Mapping[str, str] = {}
+        """Of the base's tensors as they are stored, by name; empty for a model that was not loaded from files."""
         with torch.random.fork_rng(devices=[]), _quiet():
             # seeded: the adapter's start is part of the run, whatever drew random numbers before
             torch.manual_seed(seed)
@@ -88,10 +90,12 @@ class Gemma:
         tokenizer = _load_tokenizer(folder)
         _check_tokenizer(tokenizer, name)
         with explaining_exhaustion(f"out of memory on {device} while loading {name}. {_ROOM}"):
-            fill_decoder(base, folder, dtype=dtype, device=device, quantizer=quantizer)
+            checksums = fill_decoder(base, folder, dtype=dtype, device=device, quantizer=quantizer)
         # peft asks for it before it wraps a 4-bit layer as one
         base.is_loaded_in_4bit = quantizer is not None  # type: ignore[assignment]
-        return cls(base, tokenizer, name=name, lora=lora, seed=seed)
+        model = cls(base, tokenizer, name=name, lora=lora, seed=seed)
+        model.checksums = checksums
+        return model
 
     def fit_precision(self, prompts: Sequence[Sequence[int]], *, divisor: float | None = None) -> dict[str, float]:
         """Rescale a float16 base so that it holds these prompts (token ids) with headroom; what the probe found, {} at other dtypes.
@@ -161,6 +165,11 @@ class Gemma:
     def adapter_parameters(self, role: AdapterRole) -> dict[str, torch.nn.Parameter]:
         """Name -> weight of one adapter, in a fixed order."""
         return {name: p for name, p in self.causal_lm.named_parameters() if f".{role}." in name and "lora_" in name}
+
+    def not_finite(self) -> str | None:
+        """Name of the first weight, adapters' before the base's, that is NaN or infinite; None when all are finite."""
+        named = sorted(self.causal_lm.named_parameters(), key=lambda item: "lora_" not in item[0])
+        return next((name for name, weight in named if weight.is_floating_point() and not torch.isfinite(weight).all()), None)
 
     def adapter_files(self, role: AdapterRole) -> dict[str, bytes]:
         """One adapter as the files of a PEFT folder, by name: loadable by PeftModel.from_pretrained."""

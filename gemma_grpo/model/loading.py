@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,29 +90,33 @@ def check_tokenizer_files(folder: Path) -> None:
 
 def fill_decoder(
     model: Gemma3ForCausalLM, folder: Path, *, dtype: torch.dtype, device: torch.device, quantizer: Quantizer | None = None
-) -> None:
+) -> dict[str, str]:
     """Read an empty decoder's weights, every tensor accounted for: embedding and linear layers in `dtype` (or the quantizer's), norms in
-    float32 when that is float16, tied head as tied.
+    float32 when that is float16, tied head as tied. Returns each tensor's checksum (8 hex digits of the CRC-32 of its stored bytes).
 
     Raises ValueError naming the file or tensor that is missing, misshapen, unreadable, not finite, or beyond what float16 holds.
     """
     found = _decoder_tensors(folder, {name: tuple(weight.shape) for name, weight in model.named_parameters()})
+    checksums: dict[str, str] = {}
     for name in sorted(found, key=lambda name: (found[name].file, name)):  # a shard after the other
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         # float16 would lose 2 % of a large post-norm gain; a few thousand numbers a layer cost nothing
         wanted = torch.float32 if dtype == torch.float16 and "norm" in owner.rpartition(".")[2] else dtype
         if quantizer is not None and isinstance(module, nn.Linear) and module is not model.lm_head:
-            weight = _read(found[name], dtype, torch.device("cpu"))
+            weight, checksums[name] = _read(found[name], dtype, torch.device("cpu"))
             parent, _, child = owner.rpartition(".")
             setattr(model.get_submodule(parent), child, quantizer.linear(weight, device))
             del weight
             release(torch.device("cpu"))  # where it was read
         else:
-            setattr(module, leaf, nn.Parameter(_read(found[name], wanted, device), requires_grad=False))
+            weight, checksums[name] = _read(found[name], wanted, device)
+            setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
+            del weight
     model.tie_weights()
     _fill_buffers(model, device, stored=found["model.embed_tokens.weight"].dtype)
     model.eval()
+    return checksums
 
 
 def _decoder_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, StoredTensor]:
@@ -183,8 +188,9 @@ def _opened(file: Path) -> Any:
         raise ValueError(f"{file} {what}") from error
 
 
-def _read(stored: StoredTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One tensor in its final form, filled piece by piece; each piece was checked finite."""
+def _read(stored: StoredTensor, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, str]:
+    """One tensor in its final form, filled piece by piece, and its checksum; each piece was checked finite."""
+    checksum = 0
     weight = torch.empty(stored.shape, dtype=dtype, device=device)
     row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
     mapped, rows = (max(1, size // row_bytes) for size in (MAPPED_BYTES, PIECE_BYTES))
@@ -194,13 +200,15 @@ def _read(stored: StoredTensor, dtype: torch.dtype, device: torch.device) -> Ten
             part = tensors.get_slice(stored.key)
             for start in range(first, min(first + mapped, stored.shape[0]), rows):
                 piece = part[start : min(start + rows, first + mapped)]
+                # CRC-32 sees every single flipped bit, at the speed of memory; an attacker it does not stop
+                checksum = zlib.crc32(piece.contiguous().view(torch.uint8).numpy(), checksum)
                 converted = piece.to(dtype)
                 if not torch.isfinite(converted).all():
                     raise ValueError(_not_finite(stored, piece, dtype))
                 weight[start : start + len(piece)] = converted
                 del piece, converted
             del part
-    return weight
+    return weight, f"{checksum:08x}"
 
 
 def _not_finite(stored: StoredTensor, piece: Tensor, dtype: torch.dtype) -> str:

@@ -11,9 +11,11 @@ import json
 import os
 import re
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -50,6 +52,7 @@ class RunDirectory:
     def __init__(self, path: Path, lock: FileLock) -> None:
         self.path = path
         self._lock = lock
+        self._writing = threading.Lock()
 
     @classmethod
     def create(cls, path: str | Path, recipe_text: str, info: Mapping[str, Any], *, needed_bytes: int = 0) -> RunDirectory:
@@ -164,6 +167,19 @@ class RunDirectory:
         """Set fields of run.json, keeping the others."""
         self.write_json(RUN, {**self.read_run(), **fields})
 
+    def ended(self, step: int, error: BaseException | None = None) -> None:
+        """The run's outcome after `step` steps: finished, or stopped or failed by `error`."""
+        if error is None:
+            self.event("end", step=step)
+            self.update_run(status="finished", ended=time.time(), steps=step)
+            return
+        stopped = isinstance(error, KeyboardInterrupt)
+        status, text = ("stopped", f"stopped {error}".strip()) if stopped else ("failed", f"{type(error).__name__}: {error}")
+        with suppress(RunDirectoryError):  # where the disk is full: that must not take the place of why the run ended
+            self.event("error", text=text)
+        with suppress(RunDirectoryError):
+            self.update_run(status=status, ended=time.time(), error=text, **({"steps": step} if step else {}))
+
     def offsets(self) -> dict[str, int]:
         """Sizes in bytes of metrics.jsonl and samples.jsonl, after they have reached the disk: what a checkpoint stores."""
         sizes = {}
@@ -202,7 +218,8 @@ class RunDirectory:
         self.close()
 
     def _append(self, name: str, *records: Mapping[str, Any]) -> None:
-        append_whole(self.path / name, "".join(to_json(name, record) + "\n" for record in records).encode())
+        with self._writing:  # the watchdog's thread writes events too
+            append_whole(self.path / name, "".join(to_json(name, record) + "\n" for record in records).encode())
 
 
 _LOGS = (METRICS, SAMPLES, EVENTS)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from stopped_runs import StopAt
 from torch import Tensor
 
 from gemma_grpo.config import GRPOConfig, LoraSettings, build_config
@@ -131,3 +132,9 @@ def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> f
 @pytest.fixture(scope="session")
 def difference() -> Callable[[dict[str, Tensor], dict[str, Tensor]], float]:
     return largest_difference
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> StopAt:
+    """Stops a run between any two pieces of work."""
+    return StopAt(monkeypatch)

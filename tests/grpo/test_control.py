@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 from math import nan
 
 import pytest
 
-from gemma_grpo.grpo.control import AdaptiveBeta, AdaptiveEntropy, HardStop, StepLimit
+from gemma_grpo.grpo.control import AdaptiveBeta, AdaptiveEntropy, Controller, HardStop, Signal, SpikeGuard, StepLimit
 
 
 def adaptive_beta(beta: float = 0.1, target: float | None = 0.05) -> AdaptiveBeta:
@@ -182,6 +184,89 @@ def test_a_resumed_entropy_controller_remembers_the_first_entropy() -> None:
     assert (second.initial, second.level) == (2.0, 0.5)
 
 
-@pytest.mark.parametrize("control", [adaptive_beta(), HardStop(target=0.05, patience=2), StepLimit(0.05), adaptive_entropy()])
-def test_a_new_controllers_state_is_plain_numbers(control: AdaptiveBeta | HardStop | StepLimit | AdaptiveEntropy) -> None:
+CONTROLLERS = [adaptive_beta(), HardStop(target=0.05, patience=2), StepLimit(0.05), adaptive_entropy(), SpikeGuard(6.0), Signal(3)]
+
+
+@pytest.mark.parametrize("control", CONTROLLERS)
+def test_a_new_controllers_state_is_plain_numbers(control: Controller) -> None:
     assert all(type(value) is float for value in control.state().values())
+
+
+# ---- spikes and signals
+
+
+def seen(norms: list[float], sigma: float | None = 6.0) -> tuple[SpikeGuard, list[bool]]:
+    guard = SpikeGuard(sigma)
+    return guard, [guard.is_spike(norm) for norm in norms]
+
+
+def test_a_norm_far_above_those_before_is_a_spike() -> None:
+    # even norms: a standard deviation of 0.1 is assumed, 6 of which are a factor of e^0.6 = 1.822
+    assert seen([1.0] * 20 + [1.82])[1][-1] is False
+    assert seen([1.0] * 20 + [1.83])[1][-1] is True
+
+
+def test_spread_is_measured_in_factors() -> None:
+    # log norms -1 and +1 by turns: mean 0, standard deviation 1 (nearly: the weights fade); 6 of them are a factor of 403
+    norms = [math.exp(1.0 if index % 2 else -1.0) for index in range(400)]
+    assert seen([*norms, math.exp(5.9)])[1][-1] is False
+    assert seen([*norms, math.exp(6.1)])[1][-1] is True
+
+
+def test_nothing_is_judged_before_twenty_norms_and_norms_of_zero_are_none() -> None:
+    assert seen([1.0] * 19 + [1e9])[1][-1] is False
+    assert seen([1.0] * 19 + [0.0] * 50 + [1e9])[1][-1] is False
+
+
+def test_a_small_norm_is_no_spike() -> None:
+    assert seen([1.0] * 30 + [1e-9])[1][-1] is False
+
+
+def test_a_lasting_change_is_no_spike_for_ever() -> None:
+    guard, spikes = seen([1.0] * 30 + [20.0] * 60)
+    assert spikes[30] is True
+    assert spikes[-1] is False
+    assert guard.skipped == sum(spikes) < 30
+
+
+def test_without_sigma_nothing_is_a_spike() -> None:
+    assert not any(seen([1.0] * 30 + [1e30], sigma=None)[1])
+
+
+def test_a_resumed_guard_judges_the_same() -> None:
+    norms = [1.0 + index % 7 / 10 for index in range(40)]
+    guard, _ = seen(norms)
+    other = SpikeGuard(6.0)
+    other.load(json.loads(json.dumps(guard.state())))
+    following = [2.0, 3.5, 1.1, 30.0, 30.0]
+    assert [guard.is_spike(norm) for norm in following] == [other.is_spike(norm) for norm in following]
+    assert guard.state() == other.state()
+
+
+def test_a_signal_is_lost_after_so_many_steps_in_a_row() -> None:
+    signal = Signal(3)
+    lost = []
+    for flat in (1.0, 1.0, 0.9, 1.0, 1.0, 1.0):
+        signal.update(flat)
+        lost.append(signal.lost)
+    assert lost == [False, False, False, False, False, True]
+    assert not signal.never_there
+
+
+def test_a_signal_that_was_never_there_is_known_however_short_the_run() -> None:
+    signal = Signal(0)
+    assert not signal.never_there  # no step, nothing to say
+    signal.update(1.0)
+    assert signal.never_there
+    assert not signal.lost  # 0: never ends training
+    signal.update(0.0)
+    assert not signal.never_there
+
+
+def test_a_resumed_signal_goes_on_counting() -> None:
+    signal, other = Signal(3), Signal(3)
+    for flat in (1.0, 0.5, 1.0, 1.0):
+        signal.update(flat)
+    other.load(json.loads(json.dumps(signal.state())))
+    other.update(1.0)
+    assert other.lost

@@ -6,13 +6,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from stopped_runs import LOGS, assert_same_run
 
-from gemma_grpo import stopping
 from gemma_grpo.checkpoint import CheckpointError
 from gemma_grpo.grpo import resuming
 from gemma_grpo.grpo.resuming import ResumeError
@@ -33,7 +32,6 @@ DEMANDING: dict[str, Any] = {
     "evaluation.num_prompts": 3,
 }
 """Everything that has a memory: Adam, the KL and the entropy controller, the schedule, dropout, the order of the prompts."""
-LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
 def some_reward(completion_ids, **columns):
@@ -52,15 +50,6 @@ def failing_at(step: int) -> Callable[..., list[float]]:
         return [sum(ids) / len(ids) / 100 for ids in completion_ids]
 
     return some_reward
-
-
-def assert_same_run(run: Any, expected: Any) -> None:
-    for name in LOGS:
-        assert run.text(name) == expected.text(name), name
-    adapter, other = run.adapter(), expected.adapter()
-    assert adapter.keys() == other.keys()
-    assert all(torch.equal(adapter[name], value) for name, value in other.items())
-    assert {**run.evaluation, "seconds": 0} == {**expected.evaluation, "seconds": 0}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +97,7 @@ def test_another_seed_is_another_run(train_tiny, uninterrupted):
 def test_the_settings_were_as_demanding_as_they_say(uninterrupted):
     assert len(set(uninterrupted.metrics("beta"))) == 4
     assert len(set(uninterrupted.metrics("alpha"))) > 2
-    assert len(set(uninterrupted.metrics("learning_rate"))) == 4
+    assert len(set(uninterrupted.metrics("learning_rate"))) > 2  # a step whose last pass was left out shows the rate before it
     assert all(value.count_nonzero() for value in uninterrupted.adapter().values())
 
 
@@ -270,23 +259,6 @@ def test_an_interrupted_run_is_marked_stopped_and_continues(train_tiny, tiny_tra
     assert_same_run(train_tiny(resume=True, reward=some_reward, **settings), uninterrupted)
 
 
-@pytest.fixture
-def stop_at(monkeypatch):
-    """Lets the time be up at the check with this number, from 0; gives how many checks there were."""
-
-    def arranged(number: int) -> list[int]:
-        readings = []
-
-        def monotonic() -> float:
-            readings.append(len(readings))  # the first is listening's own
-            return 1e9 if len(readings) - 2 >= number else 0.0
-
-        monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=monotonic))
-        return readings
-
-    return arranged
-
-
 @pytest.mark.parametrize("share", [0.01, 0.06, 0.1, 0.13, 0.2, 0.24, 0.31, 0.38, 0.45, 0.52, 0.6, 0.66, 0.73, 0.8, 0.87, 0.94, 0.99])
 def test_a_run_stopped_between_any_two_pieces_of_work_loses_no_finished_step(
     train_tiny, tiny_trainer, uninterrupted, tmp_path, stop_at, share
@@ -305,7 +277,7 @@ def test_a_run_stopped_between_any_two_pieces_of_work_loses_no_finished_step(
     assert len((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == finished
     if finished:
         assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{finished:08d}"]
-        assert_same_run(train_tiny(resume=True, **settings, **folder), uninterrupted)
+    assert_same_run(train_tiny(resume=True, **settings, **folder), uninterrupted)
 
 
 def test_continuing_needs_the_folder_of_a_run(tiny_trainer, tmp_path):

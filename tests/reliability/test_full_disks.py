@@ -75,9 +75,17 @@ def of(name: str, more: int) -> Callable[[Path], int]:
     return lambda run: (run / name).stat().st_size + more
 
 
-def test_a_full_disk_under_the_metrics_keeps_whole_lines(fails) -> None:
-    fails(4, of("metrics.jsonl", 100), RunDirectoryError, r"metrics\.jsonl was not written: the file would exceed the size", ("adapter",))
+FULL = "the file would exceed the size limit"
+CASES = {
+    # the 4th call is step 4's, the 5th and 6th are the evaluation's
+    "the metrics": (4, of("metrics.jsonl", 100), RunDirectoryError, rf"metrics\.jsonl was not written: {FULL}", ("adapter",)),
+    "the samples": (4, of("samples.jsonl", 100), RunDirectoryError, rf"samples\.jsonl was not written: {FULL}", ("adapter",)),
+    "the checkpoint": (4, lambda run: 8_000, CheckpointError, r"file too large: checkpoint step 4 not written .*; step 2 is intact", ("adapter",)),
+    "everything": (4, lambda run: 0, RunDirectoryError, rf"metrics\.jsonl was not written: {FULL}", ("adapter",)),
+    "the evaluation": (6, lambda run: 1_000, RunDirectoryError, rf"evaluation\.json was not written: {FULL}", ("evaluation.json",)),
+}
 
 
-def test_a_full_disk_under_the_samples_keeps_whole_lines(fails) -> None:
-    fails(4, of("samples.jsonl", 100), RunDirectoryError, r"samples\.jsonl was not written: the file would exceed", ("adapter",))
+@pytest.mark.parametrize("name", CASES)
+def test_a_full_disk_is_named_and_once_there_is_room_the_run_ends_as_ever(fails, name: str) -> None:
+    fails(*CASES[name])
