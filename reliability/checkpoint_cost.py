@@ -23,10 +23,13 @@ from typing import Any
 
 import torch
 
+import gemma_grpo.grpo.trainer  # before it is forked
+import gemma_grpo.monitor.report  # noqa: F401
 from bench.lengths import read_lengths
 from bench.machine import commit, machine, versions
 from bench.random_checkpoint import write_checkpoint
 from bench.workload import LETTERS
+from gemma_grpo.cli import main as command_line
 from reliability.phases import PhaseByte
 from reliability.writer_kills import RESULTS
 
@@ -76,8 +79,6 @@ class Process:
             self._become(words)
 
     def _become(self, words: list[str]) -> None:
-        from gemma_grpo.cli import main
-
         code: Any = 1
         try:
             descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -85,7 +86,7 @@ class Process:
             os.dup2(descriptor, 2)
             self.byte.tell()
             sys.argv = ["gemma-grpo", *words]
-            main()
+            command_line()
         except SystemExit as end:
             code = end.code or 0
         finally:

@@ -1,9 +1,11 @@
-"""A disk that is full at any file of a run: the error names the file, nothing is half written, and once there is room the run ends as ever."""
+"""A disk that is full at any file of a run: the file is named, nothing is half written, and with room again the run ends as ever."""
 
 from __future__ import annotations
 
 import json
+import os
 import resource
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -80,7 +82,7 @@ CASES = {
     # the 4th call is step 4's, the 5th and 6th are the evaluation's
     "the metrics": (4, of("metrics.jsonl", 100), RunDirectoryError, rf"metrics\.jsonl was not written: {FULL}", ("adapter",)),
     "the samples": (4, of("samples.jsonl", 100), RunDirectoryError, rf"samples\.jsonl was not written: {FULL}", ("adapter",)),
-    "the checkpoint": (4, lambda run: 8_000, CheckpointError, r"file too large: checkpoint step 4 not written .*; step 2 is intact", ("adapter",)),
+    "the checkpoint": (4, lambda run: 8_000, CheckpointError, r"checkpoint step 4 not written .*; step 2 is intact", ("adapter",)),
     "everything": (4, lambda run: 0, RunDirectoryError, rf"metrics\.jsonl was not written: {FULL}", ("adapter",)),
     "the evaluation": (6, lambda run: 1_000, RunDirectoryError, rf"evaluation\.json was not written: {FULL}", ("evaluation.json",)),
 }
@@ -89,3 +91,38 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_full_disk_is_named_and_once_there_is_room_the_run_ends_as_ever(fails, name: str) -> None:
     fails(*CASES[name])
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for two pages."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("a file system can only be mounted by root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_has_no_room_for_the_final_adapter(tiny_trainer, train_tiny, tmp_path: Path, small_disk: Path, whole) -> None:
+    run = tmp_path / "run"
+    filling = FillingAt(4, lambda: (run / "adapter").symlink_to(small_disk))
+    with pytest.raises(CheckpointError, match=r"adapter was not written \(.*No space left on device.*what was written before is intact"):
+        tiny_trainer(reward=filling, output_dir=str(run), **SETTINGS).train()
+    assert json.loads((run / "run.json").read_text(encoding="utf-8"))["status"] == "failed"
+    assert [path.name for path in small_disk.iterdir() if path.name != "adapter_config.json"] == []
+    (run / "adapter").unlink()
+    train_tiny(resume=True, reward=some_reward, output_dir=str(run), **SETTINGS)
+    assert content(run) == whole
+
+
+def test_an_outcome_that_cannot_be_written_does_not_hide_why_the_run_ended(tmp_path: Path, largest_file) -> None:
+    with RunDirectory.create(tmp_path / "run", "seed: 0\n", {"status": "running"}) as run:
+        largest_file(4)
+        run.ended(3, KeyError("the reason"))
+        with pytest.raises(RunDirectoryError, match=FULL):
+            run.ended(3)
+        largest_file(resource.RLIM_INFINITY)
+        assert run.read_run() == {"status": "running"}
+        run.ended(3, KeyError("the reason"))
+        assert run.read_run()["error"] == "KeyError: 'the reason'"
