@@ -38,6 +38,8 @@ from gemma_grpo.types import ScoredGroup, StepRecord
 __all__ = ["RunDirectory", "RunDirectoryError", "next_run_path"]
 
 RECIPE, RUN, METRICS, SAMPLES, EVENTS = "recipe.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "events.jsonl"
+_LONGEST_LINE = 2**16
+"""Bytes, of metrics.jsonl."""
 _LOCK, _WRITER = ".lock", ".writer"
 _HOLDER = re.compile(r"process (\d+) on host (\S+)\n")
 _DEEPEST = "checkpoints/.tmp-step-0000000012/policy/adapter_model.safetensors"
@@ -132,6 +134,14 @@ class RunDirectory:
     def append_metrics(self, record: StepRecord) -> None:
         """Add a step's metrics to metrics.jsonl. No times: a repeated seeded run writes the identical file."""
         self._append(METRICS, {"step": record.step, **record.metrics})
+
+    def last_metrics(self, count: int) -> list[dict[str, Any]]:
+        """The last lines of metrics.jsonl, at most so many, oldest first."""
+        with (self.path / METRICS).open("rb") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(0, size - count * _LONGEST_LINE))
+            lines = log.read().splitlines(keepends=True)
+        return [json.loads(line) for line in lines[-count:]]
 
     def append_samples(self, step: int, groups: Iterable[ScoredGroup]) -> None:
         """Add every group of a step to samples.jsonl, one line each, all or none."""
