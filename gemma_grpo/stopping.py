@@ -1,4 +1,4 @@
-"""Asking a run to stop: a first SIGINT or SIGTERM, or its time being up, is noticed between two pieces of work.
+"""Asking a run to stop: a first SIGINT, SIGTERM or SIGHUP, or its time being up, is noticed between two pieces of work.
 
 A second signal ends the process at once. Owns the request and who hears of it; what is saved then is the trainer's. One request holds
 for the whole process, as a signal does.
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: the same command goes on with the run."""
 
@@ -31,6 +31,11 @@ class _Request:
 
 
 _request = _Request()
+
+
+def heard_signals() -> list[signal.Signals]:
+    """SIGNALS, without a SIGHUP that nohup has turned off: that run is to outlive its terminal."""
+    return [number for number in SIGNALS if number in SIGNALS[:2] or signal.getsignal(number) != signal.SIG_IGN]
 
 
 def check() -> None:
@@ -59,7 +64,7 @@ def listening(max_minutes: float | None = None) -> Iterator[None]:
     _request.reason, _request.at_once = None, 0
     _request.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
     main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, _heard) for number in SIGNALS} if main else {}
+    before = {number: signal.signal(number, _heard) for number in heard_signals()} if main else {}
     try:
         yield
     finally:

@@ -1,5 +1,5 @@
 """`python -m gemma_grpo.cli` is `gemma-grpo`."""
 
-from gemma_grpo.cli.app import main
+from gemma_grpo.cli import main
 
 main()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import signal
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
-from gemma_grpo.cli import data, demo, doctor, plan, recipes, training
+from gemma_grpo.cli import data, demo, doctor, plan, recipes, say_stopped, training
 from gemma_grpo.cli.errors import Exit, output_error, report
-from gemma_grpo.cli.printing import complain, say
+from gemma_grpo.cli.printing import say
 
 _INTERRUPTED = 130
 """What typer makes of a KeyboardInterrupt."""
@@ -62,22 +62,21 @@ def run(arguments: Sequence[str]) -> int:
         code = end.code
     except Exception as error:
         return report(output_error() or error, debug=debug)
-    if (unwritten := output_error()) is not None:
-        return Exit.RUNTIME if isinstance(unwritten, BrokenPipeError) else report(unwritten, debug=debug)
-    if code == _INTERRUPTED:
-        complain("error: stopped.\n  What was written so far is in the run directory; `train ... --resume` goes on with it.")
+    unwritten = output_error()
+    if code == _INTERRUPTED:  # first: where a terminal is gone, the output is too
+        say_stopped()
         return Exit.STOPPED
+    if unwritten is not None:
+        return Exit.RUNTIME if isinstance(unwritten, BrokenPipeError) else report(unwritten, debug=debug)
     return code if isinstance(code, int) else Exit.OK
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
-    """The console script. A termination is handled as Ctrl+C is: files are closed, and the exit code tells."""
+    """Run this process's command line, and end with its exit code."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not where the stream is closed
             stream.reconfigure(errors="backslashreplace")  # a name in a path must not end a run on a terminal that cannot show it
-    signal.signal(signal.SIGTERM, _interrupt)
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if code == Exit.STOPPED:  # whoever stops a run waits for its end, and to take all modules down takes a second or two
+        os._exit(code)
+    sys.exit(code)

@@ -69,9 +69,10 @@ def evaluate(run: Run, allow_code: AllowCode = None, code_sha256: CodeHash = Non
     config = None if code is None else load_recipe(run / "recipe.yaml")
     from gemma_grpo.grpo.setup import functions_of
     from gemma_grpo.grpo.trainer import GRPOTrainer
+    from gemma_grpo.stopping import listening
 
     trainer = GRPOTrainer.from_run(run, reward_functions=functions_of(code, config) if code and config else None)
-    with trainer.view:
+    with trainer.view, listening():
         evaluation = trainer.evaluate()
     say(*evaluation_lines(evaluation))
     say(f"details: {trainer.run_dir / 'evaluation.json'}")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from gemma_grpo.config import GRPOConfig
 from gemma_grpo.grpo.control import Signal
 from gemma_grpo.types import StepRecord
+
+CUT_OFF_STEPS = 3
+"""So many steps in a row without one completion that ended by itself are no accident any more."""
 
 
 class NoSignalError(ValueError):
@@ -34,6 +38,18 @@ def step_warnings(record: StepRecord, config: GRPOConfig, earlier: Mapping[str, 
             f"memory.token_budget={metrics['token_budget']:.0f} in the recipe skips the attempt next time."
         )
     return [f"step {record.step}: {text}" for text in said]
+
+
+def never_stops(last: Sequence[Mapping[str, Any]], config: GRPOConfig) -> list[str]:
+    """The sentence to warn with, once, when completions have ceased to stop by themselves; `last` are the last lines of metrics.jsonl."""
+    cut_off = [line.get("completions/clipped_ratio") == 1.0 for line in last[-CUT_OFF_STEPS - 1 :]]
+    if len(cut_off) < CUT_OFF_STEPS or not all(cut_off[-CUT_OFF_STEPS:]) or (len(cut_off) > CUT_OFF_STEPS and cut_off[0]):
+        return []
+    return [
+        f"step {last[-1]['step']}: for {CUT_OFF_STEPS} steps no completion ended by itself: none drew <end_of_turn> (or <eos>) within "
+        f"max_completion_length ({config.max_completion_length}) tokens. Raise it, or look at samples.jsonl: "
+        "a policy that rambles needs a reward for stopping, such as length."
+    ]
 
 
 def no_signal(signal: Signal, config: GRPOConfig) -> str:

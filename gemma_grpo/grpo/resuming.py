@@ -23,7 +23,10 @@ from gemma_grpo.model.precision import default_device
 from gemma_grpo.monitor.durable import write_atomically
 from gemma_grpo.monitor.events import RunDirectory
 
-MAY_CHANGE = ("epochs", "max_steps", "max_minutes", "save_steps", "keep_checkpoints", "evaluation.", "memory.", "watchdog.", "reward_function.")
+MAY_CHANGE = (
+    *("epochs", "max_steps", "max_minutes", "save_steps", "keep_checkpoints"),
+    *("evaluation.", "memory.", "watchdog.", "reward_function."),
+)
 """Settings that leave the steps already made as they are; a dot at the end stands for a whole section."""
 
 BASE = "base.json"

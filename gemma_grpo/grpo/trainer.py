@@ -21,7 +21,7 @@ from gemma_grpo.config import GRPOConfig, build_config, dump_recipe, load_recipe
 from gemma_grpo.data.prompts import order
 from gemma_grpo.grpo import preflight, resuming
 from gemma_grpo.grpo.assess import evaluate_policy, judge_warnings, train_and_measure_reward
-from gemma_grpo.grpo.explain import NoSignalError, no_signal, step_warnings
+from gemma_grpo.grpo.explain import CUT_OFF_STEPS, NoSignalError, never_stops, no_signal, step_warnings
 from gemma_grpo.grpo.keeping import Keeper, RewardKeeper
 from gemma_grpo.grpo.progress import StepUnderWay
 from gemma_grpo.grpo.setup import (
@@ -198,11 +198,10 @@ class GRPOTrainer:
         while self.step < self.total_steps and not hard_stop.reached and not signal.lost:
             record, scored = self._step_or_save()
             self.step += 1
-            self.run.append_metrics(record)
-            self.run.append_samples(record.step, scored)
-            self.run.event("step_time", step=record.step, seconds=dict(record.seconds))
+            self.run.append_step(record, scored)
             self.view.step(record, self.total_steps, group=scored[0])
-            self._warn(*step_warnings(record, self.config, counted), *self.stepper.reward_warnings)
+            last = self.run.last_metrics(CUT_OFF_STEPS + 1)  # of the log, which a resumed run has too
+            self._warn(*step_warnings(record, self.config, counted), *never_stops(last, self.config), *self.stepper.reward_warnings)
             counted = self.updater.counted
             signal.update(record.metrics["frac_reward_zero_std"])
             if self.updater.over_budget():

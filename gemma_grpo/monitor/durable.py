@@ -1,12 +1,17 @@
-"""Writes that are whole or not at all, strict JSON, and disk errors in words. Not which files a run has (events.py)."""
+"""Writes that are whole or not at all, places where they could not be, strict JSON, and disk errors in words.
+
+Not which files a run has (events.py).
+"""
 
 from __future__ import annotations
 
 import errno
 import json
 import math
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +32,8 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "the name is too long for the file system. Choose a shorter output_dir",
     errno.EISDIR: "a folder stands where the file should go. Move it away",
     errno.ENOTDIR: "a file stands where a folder should be. Move it away, or choose another output_dir",
+    errno.ENOLCK: "the file system has no locks, which keep a second run out. Choose an output_dir on a local disk",
+    errno.ENOTSUP: "the file system has no locks, which keep a second run out. Choose an output_dir on a local disk",
 }
 
 
@@ -97,3 +104,45 @@ def cut_torn_line(path: Path) -> None:
                 whole += len(line)
         if whole < log.tell():
             log.truncate(whole)
+
+
+def check_place(path: Path, deepest: str) -> Path:
+    """The nearest folder that is there, where `path` and `deepest` inside it could be made. Leaves nothing behind.
+
+    Raises RunDirectoryError where they could not: a file or a broken link in the way, names too long, no right to write.
+    """
+    with translated(path):
+        folder, missing = _nearest_folder(path)
+        for name in (folder / part for part in missing):
+            with suppress(FileNotFoundError):
+                name.lstat()
+        with suppress(FileNotFoundError):
+            (path / deepest).lstat()
+        # asked by doing it: rights alone do not tell of a file system that is read-only, or that takes no folders at all
+        probe = folder / f".writable-{os.getpid()}"
+        probe.mkdir()
+        probe.rmdir()
+    return folder
+
+
+def _nearest_folder(path: Path) -> tuple[Path, list[str]]:
+    """The folder, and the names below it that are missing."""
+    folder, missing = path.absolute(), []
+    while not folder.exists():
+        if folder.is_symlink():
+            raise RunDirectoryError(f"{folder} is a link that leads nowhere. Remove it, or choose another output_dir.")
+        missing.append(folder.name)
+        folder = folder.parent
+    if not folder.is_dir():
+        raise RunDirectoryError(f"{folder} is a file, so {path} cannot be made inside it. Choose another output_dir.")
+    return folder, missing
+
+
+def check_room(folder: Path, needed_bytes: int) -> None:
+    """Raise RunDirectoryError when the disk of `folder` has not the room that a run needs."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise RunDirectoryError(
+            f"the disk of {folder} has {free / 1e6:.0f} MB free; the run needs about {needed_bytes / 1e6:.0f} MB. "
+            "Free some room, or choose an output_dir on another disk."
+        )

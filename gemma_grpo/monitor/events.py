@@ -6,29 +6,46 @@ A log never keeps half a line: a write that fails is taken back, and the torn la
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
-import shutil
+import socket
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from gemma_grpo.containment import link_out
 from gemma_grpo.disk import DISK
-from gemma_grpo.monitor.durable import RunDirectoryError, append_whole, cut_torn_line, to_json, translated, write_atomically
+from gemma_grpo.monitor.durable import (
+    RunDirectoryError,
+    append_whole,
+    check_place,
+    check_room,
+    cut_torn_line,
+    to_json,
+    translated,
+    write_atomically,
+)
 from gemma_grpo.redact import redact_all
 from gemma_grpo.types import ScoredGroup, StepRecord
 
 __all__ = ["RunDirectory", "RunDirectoryError", "next_run_path"]
 
 RECIPE, RUN, METRICS, SAMPLES, EVENTS = "recipe.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "events.jsonl"
+_LONGEST_LINE = 2**16
+"""Bytes, of metrics.jsonl."""
 _LOCK, _WRITER = ".lock", ".writer"
+_HOLDER = re.compile(r"process (\d+) on host (\S+)\n")
+_DEEPEST = "checkpoints/.tmp-step-0000000012/policy/adapter_model.safetensors"
+"""A run's longest path, so that a name too long for it is known before."""
 _EXACT_LOGS = (METRICS, SAMPLES)
 """Logs that resume to the byte. events.jsonl is not among them: it tells what happened, repeated steps included."""
 
@@ -69,11 +86,11 @@ class RunDirectory:
 
     @classmethod
     def check(cls, path: str | Path, *, needed_bytes: int = 0) -> None:
-        """Raise RunDirectoryError if `create` would: to be asked before the first expensive second. Writes nothing."""
+        """Raise RunDirectoryError if `create` would: to be asked before the first expensive second. Leaves nothing."""
         path = _usable_path(path)
         _refuse_existing_run(path)
         _refuse_links_out(path)
-        _check_room(path, needed_bytes)
+        check_room(check_place(path, _DEEPEST), needed_bytes)
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
@@ -121,9 +138,23 @@ class RunDirectory:
         """The report's HTML file."""
         return self.path / "report.html"
 
+    def append_step(self, record: StepRecord, groups: Iterable[ScoredGroup]) -> None:
+        """Add a step to all logs; how long it took to events.jsonl alone."""
+        self.append_metrics(record)
+        self.append_samples(record.step, groups)
+        self.event("step_time", step=record.step, seconds=dict(record.seconds))
+
     def append_metrics(self, record: StepRecord) -> None:
         """Add a step's metrics to metrics.jsonl. No times: a repeated seeded run writes the identical file."""
         self._append(METRICS, {"step": record.step, **record.metrics})
+
+    def last_metrics(self, count: int) -> list[dict[str, Any]]:
+        """The last lines of metrics.jsonl, at most so many, oldest first."""
+        with (self.path / METRICS).open("rb") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(0, size - count * _LONGEST_LINE))
+            lines = log.read().splitlines(keepends=True)
+        return [json.loads(line) for line in lines[-count:]]
 
     def append_samples(self, step: int, groups: Iterable[ScoredGroup]) -> None:
         """Add every group of a step to samples.jsonl, one line each, all or none."""
@@ -167,8 +198,10 @@ class RunDirectory:
             return
         stopped = isinstance(error, KeyboardInterrupt)
         status, text = ("stopped", f"stopped {error}".strip()) if stopped else ("failed", f"{type(error).__name__}: {error}")
-        self.event("error", text=text)
-        self.update_run(status=status, ended=time.time(), error=text, **({"steps": step} if step else {}))
+        with suppress(RunDirectoryError):  # where the disk is full: that must not take the place of why the run ended
+            self.event("error", text=text)
+        with suppress(RunDirectoryError):
+            self.update_run(status=status, ended=time.time(), error=text, **({"steps": step} if step else {}))
 
     def offsets(self) -> dict[str, int]:
         """Sizes in bytes of metrics.jsonl and samples.jsonl, after they have reached the disk: what a checkpoint stores."""
@@ -249,6 +282,10 @@ def _sample(step: int, scored: ScoredGroup) -> dict[str, Any]:
 def _usable_path(path: str | Path) -> Path:
     if "\0" in str(path):
         raise RunDirectoryError(f"{str(path)!r} cannot be a folder: it contains a NUL character. Choose another output_dir.")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:  # a run there could be written, and its adapter not be read again: safetensors takes no such path
+        raise RunDirectoryError(f"{str(path)!r} cannot hold a run: its name is not valid UTF-8. Choose another output_dir.") from error
     return Path(path)
 
 
@@ -268,23 +305,6 @@ def _refuse_links_out(path: Path) -> None:
         link = link_out(path)
     if link:
         raise RunDirectoryError(link)
-
-
-def _check_room(path: Path, needed_bytes: int) -> None:
-    """Raise before anything is written when the nearest existing folder cannot be written or its disk is too full."""
-    folder = path.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise RunDirectoryError(f"{folder} is a file, so {path} cannot be made inside it. Choose another output_dir.")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise RunDirectoryError(f"{folder} cannot be written by this user. Choose another output_dir, or change the folder's permissions.")
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise RunDirectoryError(
-            f"the disk of {folder} has {free / 1e6:.0f} MB free; the run needs about {needed_bytes / 1e6:.0f} MB. "
-            "Free some room, or choose an output_dir on another disk."
-        )
 
 
 def _make_folders(path: Path) -> list[Path]:
@@ -314,21 +334,31 @@ def _acquire(path: Path) -> FileLock:
     lock = FileLock(path / _LOCK, timeout=0, thread_local=False)
     with translated(path / _LOCK):
         try:
-            lock.acquire()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the soft lock, which is refused below
+                lock.acquire()
         except Timeout:  # an OSError too, so it must be caught inside
-            raise RunDirectoryError(
-                f"{path} is being written by {_holder(path)}. Wait until that run ends or stop it, or choose another output_dir."
-            ) from None
+            raise RunDirectoryError(_in_use(path)) from None
+        except NotImplementedError as error:  # filelock's, in its older versions
+            raise OSError(errno.ENOLCK, str(error)) from error
+        if isinstance(lock, SoftFileLock):  # a file instead of a lock: it would outlive a killed run
+            lock.release(force=True)
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
     try:
-        write_atomically(path / _WRITER, f"{os.getpid()}\n")
+        write_atomically(path / _WRITER, f"process {os.getpid()} on host {socket.gethostname()}\n")
     except BaseException:
         lock.release()
         raise
     return lock
 
 
-def _holder(path: Path) -> str:
+def _in_use(path: Path) -> str:
+    """Who holds the lock, and what to do. What the file says may be of an earlier holder, until the new one has written it."""
     try:
-        return f"process {int((path / _WRITER).read_text(encoding='ascii'))}"
-    except (OSError, ValueError):
-        return "another process"
+        found = _HOLDER.fullmatch((path / _WRITER).read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        found = None
+    said = f"{path} is being written by {found[0].strip() if found else 'another process'}. "
+    if found is None or found[2] == socket.gethostname():
+        return f"{said}Wait until that run ends or stop it, or choose another output_dir."
+    return f"{said}Wait until that run ends or stop it there. If that machine is gone for good, delete {path / _LOCK} and try again."

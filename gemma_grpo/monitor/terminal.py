@@ -6,10 +6,13 @@ Model text is shown through escapes.visible and never as rich markup.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from types import TracebackType
+from typing import Any, TextIO, cast
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -28,11 +31,41 @@ _PACE_STEPS = 20
 """Steps whose mean time gives the ETA."""
 
 
+class _Output:
+    """Standard output until it takes no more, and nothing from then on: a run outlives a closed terminal or a `| head`."""
+
+    def __init__(self) -> None:
+        self._open = True
+
+    def write(self, text: str) -> int:
+        self._try("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try("flush")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream(), name)
+
+    def _stream(self) -> Any:
+        """What it is now, and not what rich puts in its place, which would come back here."""
+        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+
+    def _try(self, what: str, *text: str) -> None:
+        stream = self._stream()
+        if stream is None or not self._open:
+            return
+        self._open = False
+        with suppress(OSError):
+            getattr(stream, what)(*text)
+            self._open = True
+
+
 class ProgressView:
     """Shows a run while it goes; a context manager. Without a terminal it prints lines, so nothing scrolls an error away."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False, markup=False, emoji=False)
+        self._console = console or Console(file=cast(TextIO, _Output()), highlight=False, markup=False, emoji=False)
         live = self._console.is_terminal and not self._console.is_dumb_terminal and not self._console.is_jupyter
         self._ascii = not live or not self._console.encoding.lower().replace("-", "").startswith("utf8")
         self._phase, self._phase_start = "", time.monotonic()
