@@ -10,7 +10,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 PEER := .venv-peer
 
-.PHONY: demo test test-slow check install bench
+.PHONY: demo test test-slow check install bench mutants
 
 demo: $(VENV)/.installed
 	$(BIN)/gemma-grpo demo
@@ -20,6 +20,10 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-peer
 	$(TEST_ENV) $(BIN)/python -m pytest -m 'slow and not gpu'
+
+# plants one bug after another in a copy of the code; the test that is there for it must go red
+mutants: $(VENV)/.installed-dev
+	$(BIN)/python -m reliability.mutants
 
 # our step beside TRL's, each in its own environment: bench/results, and the table and chart of docs/performance.md
 bench: $(VENV)/.installed $(PEER)/.installed
