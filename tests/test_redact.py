@@ -115,6 +115,12 @@ def test_a_setting_that_holds_a_secret_is_refused_without_repeating_it(setting: 
     assert not any(secret in str(refused.value) for secret in ("mine", HF, SK, WANDB))
 
 
+def test_a_secret_that_a_message_would_cut_in_half_is_taken_out_before() -> None:
+    with pytest.raises(ConfigError, match="whole number is needed") as refused:
+        build_config({"seed": f"{'y' * 40} {HF}"})
+    assert "hf_aB" not in str(refused.value)
+
+
 def test_an_error_of_the_schema_itself_does_not_quote_the_input() -> None:
     with pytest.raises(ValueError, match="valid integer") as refused:
         GRPOConfig(seed=f"password={HF}")  # type: ignore[arg-type]

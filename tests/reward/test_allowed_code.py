@@ -13,6 +13,7 @@ from gemma_grpo.reward.allowed_code import MAX_BYTES, MODULE, CodeFile, own_func
 
 BUILT_IN = ("length", "judge")
 SOURCE = b"""
+from os.path import join
 from pathlib import Path
 import math as _math
 
@@ -95,7 +96,7 @@ def test_a_name_that_is_nowhere_is_refused_with_both_lists(tmp_path: Path) -> No
         own_functions(read_code(write(tmp_path)), ["brevty"], BUILT_IN)
 
 
-@pytest.mark.parametrize("name", ["NotAFunction", "LIMIT", "Path", "_private", "_math", "os.system", "__builtins__"])
+@pytest.mark.parametrize("name", ["NotAFunction", "LIMIT", "Path", "join", "_private", "_math", "os.system", "__builtins__"])
 def test_only_the_files_own_functions_are_rewards(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="is neither built in"):
         own_functions(read_code(write(tmp_path)), [name], BUILT_IN)
