@@ -86,3 +86,21 @@ def test_five_hundred_reads_under_writes_see_nothing_half_written(tmp_path: Path
 def went_back(seen: list[int]) -> bool:
     """Whether the log was cut back while it was read, and had been written before."""
     return any(later < earlier for earlier, later in pairwise(seen)) and len(set(seen)) > STEPS // 2
+
+
+def report_often(path: Path) -> None:
+    for index in range(10):
+        (path / "recipe.yaml").write_text(f"seed: {index}\n", encoding="utf-8")
+        write_report(path)
+
+
+def test_two_reports_at_once_do_not_get_in_each_others_way(tmp_path: Path) -> None:
+    RunDirectory.create(tmp_path / "run", "seed: 0\n", {}).close()
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=report_often, args=(tmp_path / "run",)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert [path.name for path in (tmp_path / "run").glob(".report*")] == []
