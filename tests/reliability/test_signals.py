@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import random
+import shutil
 import signal
 import time
 from collections import Counter
@@ -122,6 +123,7 @@ def stopped_and_gone_on(command, whole, folder: Path, number: int, seconds: floa
     process.signal(number)
     took = stopped_well(process, run, signal.Signals(number).name)
     assert_goes_on(command, run, whole)
+    shutil.rmtree(folder)
     return at, took
 
 
