@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from gemma_grpo.config import printable
+from gemma_grpo.escapes import printable
 from gemma_grpo.shapes import MINIATURE, MINIATURE_DIR, known_shapes
 
 Kind = Literal["model", "dataset"]

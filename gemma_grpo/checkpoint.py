@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gemma_grpo.disk import DISK, Disk
 
-MANIFEST, STATE, OPTIMIZER, ROLLOUT, POLICY = "MANIFEST.json", "state.json", "optimizer.safetensors", "rollout.safetensors", "policy"
+MANIFEST, STATE, OPTIMIZER, ROLLOUT = "MANIFEST.json", "state.json", "optimizer.safetensors", "rollout.safetensors"
 _NAME = re.compile(r"step-(\d{8,})")
 _STAGED, _REPLACED, _GONE = ".tmp-", ".old-", ".trash-"
 """Before the name of what is not there yet, of what stands back until its successor is there, and of what is being deleted."""
@@ -39,16 +39,15 @@ class Checkpoint:
 
     path: Path
     step: int
-    """Training steps finished."""
+    """Training steps finished, or updates of the reward adapter."""
     state: Mapping[str, Any]
     optimizer: Mapping[str, Tensor]
     rollout: Mapping[str, Tensor]
     """Of the step after the finished ones, as far as it had come; empty between steps."""
 
-    @property
-    def policy(self) -> Path:
-        """The policy adapter, a PEFT folder."""
-        return self.path / POLICY
+    def adapter(self, role: str) -> Path:
+        """A role's adapter, a PEFT folder."""
+        return self.path / role
 
 
 @contextmanager
@@ -68,7 +67,7 @@ def save_checkpoint(
     folder: Path,
     step: int,
     *,
-    policy: Mapping[str, bytes],
+    adapters: Mapping[str, Mapping[str, bytes]],
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
     rollout: Mapping[str, Tensor] | None = None,
@@ -77,10 +76,10 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step-00000012`; when this returns, it survives a power cut, and of older ones the last `keep` - 1 are left.
 
-    `policy` are the adapter's files by name; `keep` None leaves all, and at least 2 are kept: a disk can also fail later.
+    `adapters` are files by name, by role; `keep` None leaves all, and at least 2 are kept: a disk can also fail later.
     Raises CheckpointError when the disk will not take it, or does not give back what it took.
     """
-    content = {f"{POLICY}/{name}": data for name, data in policy.items()}
+    content = {f"{role}/{name}": data for role, files in adapters.items() for name, data in files.items()}
     content |= {OPTIMIZER: save(dict(optimizer)), STATE: _json({"step": step, **state})}
     content |= {ROLLOUT: save(dict(rollout))} if rollout else {}
     final = folder / f"step-{step:08d}"
@@ -139,6 +138,7 @@ def _check_readable(path: Path, replaced: Path, disk: Disk) -> None:
 
 def _make_folder(folder: Path, disk: Disk) -> None:
     if not folder.is_dir():
+        _make_folder(folder.parent, disk)
         disk.make_folder(folder)
         disk.sync(folder.parent)
 

@@ -20,8 +20,9 @@ from typing import Any, Literal
 
 from gemma_grpo.access import access_problem, cache_dir, cached_folder, in_home, local_folder, logged_in, offline, offline_variable
 from gemma_grpo.cards import Card, bytes_in_use, present_gpu, this_machine
-from gemma_grpo.config import GRPOConfig, load_recipe, printable, shipped_recipes
+from gemma_grpo.config import GRPOConfig, load_recipe, shipped_recipes
 from gemma_grpo.data.chat import BOS_ID, END_OF_TURN_ID, EOS_ID, START_OF_TURN_ID, STOP_IDS
+from gemma_grpo.escapes import printable, visible
 from gemma_grpo.planner.decide import numbers_of
 from gemma_grpo.shapes import MINIATURE, ModelShape, known_shapes, shape_of
 
@@ -103,7 +104,7 @@ def doctor(asked: str | None = None, *, deep: bool = False) -> Diagnosis:
     Raises ConfigError for a recipe with mistakes.
     """
     found = diagnose(asked, deep=deep)
-    print("\n".join(found.lines(shutil.get_terminal_size((80, 24)).columns)))
+    print(visible("\n".join(found.lines(shutil.get_terminal_size((80, 24)).columns))))
     return found
 
 

@@ -169,7 +169,7 @@ _DEFAULTS = {
 def _read_shape(name: str, path: Path) -> ModelShape:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({error}). Download the checkpoint again.") from error
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if kind not in ("gemma3", "gemma3_text"):

@@ -25,6 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 KEEP = 2
 SAVES = 4.0
 """How many saves take as long as the longest wait for a kill."""
+WEIGHTS = "adapter_model.safetensors"
 SIZES = (200, 3000, 40_000)
 """Numbers in the optimizer's tensors, by turns: saves of different lengths."""
 
@@ -33,7 +34,7 @@ def content(step: int) -> dict[str, Any]:
     """What a step saves: made of its number alone, so that a reader knows what must be there."""
     weights = torch.full((SIZES[step % len(SIZES)],), float(step))
     return {
-        "policy": {"adapter_model.safetensors": step.to_bytes(8, "big") * 500},
+        "adapters": {"policy": {WEIGHTS: step.to_bytes(8, "big") * 500}},
         "optimizer": {"x": weights},
         "state": {"twice": 2 * step},
     }
@@ -43,7 +44,7 @@ def is_whole(found: Checkpoint) -> bool:
     """Whether a checkpoint holds what its step saved."""
     expected = content(found.step)
     same = torch.equal(found.optimizer["x"], expected["optimizer"]["x"]) and found.state["twice"] == 2 * found.step
-    return same and (found.policy / "adapter_model.safetensors").read_bytes() == expected["policy"]["adapter_model.safetensors"]
+    return same and (found.adapter("policy") / WEIGHTS).read_bytes() == expected["adapters"]["policy"][WEIGHTS]
 
 
 def write_for_ever(folder: Path, first: int, told: int) -> None:

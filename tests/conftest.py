@@ -29,6 +29,7 @@ CHECKED_MODULES = [
     "gemma_grpo.model.precision",
     "gemma_grpo.reward.generative",
     "gemma_grpo.reward.quality",
+    "gemma_grpo.reward.training",
     "gemma_grpo.reward.zero_shot",
     "gemma_grpo.rollout.local",
     "gemma_grpo.rollout.running",

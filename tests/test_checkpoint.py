@@ -34,7 +34,7 @@ def policy(seed: int = 0) -> dict[str, bytes]:
 
 
 def save(folder: Path, step: int, seed: int = 0, **options: Any) -> Path:
-    return save_checkpoint(folder, step, policy=policy(seed), optimizer=moments(seed), state=STATE, **options)
+    return save_checkpoint(folder, step, adapters={"policy": policy(seed)}, optimizer=moments(seed), state=STATE, **options)
 
 
 def latest(folder: Path) -> Checkpoint:
@@ -66,7 +66,7 @@ def test_what_is_read_is_what_was_saved_bit_for_bit(tmp_path: Path) -> None:
     path = save(tmp_path, 12)
     assert path == tmp_path / "step-00000012"
     found = read_checkpoint(path)
-    assert (found.path, found.step, found.policy) == (path, 12, path / "policy")
+    assert (found.path, found.step, found.adapter("policy")) == (path, 12, path / "policy")
     assert found.state == {"step": 12, **STATE}
     assert found.optimizer.keys() == moments(0).keys()
     for name, tensor in moments(0).items():
@@ -76,7 +76,7 @@ def test_what_is_read_is_what_was_saved_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_a_fresh_optimizer_has_nothing_to_save_and_that_is_fine(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, 0, policy=policy(), optimizer={}, state={})
+    path = save_checkpoint(tmp_path, 0, adapters={"policy": policy()}, optimizer={}, state={})
     assert dict(read_checkpoint(path).optimizer) == {}
 
 
@@ -117,7 +117,7 @@ def test_saving_a_step_again_replaces_it(folder: Path) -> None:
 def test_a_state_that_json_cannot_hold_exactly_is_refused_and_nothing_committed(tmp_path: Path) -> None:
     for wrong in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="Out of range float"):
-            save_checkpoint(tmp_path, 3, policy=policy(), optimizer={}, state={"beta": wrong})
+            save_checkpoint(tmp_path, 3, adapters={"policy": policy()}, optimizer={}, state={"beta": wrong})
     assert latest_checkpoint(tmp_path) == (None, [])
 
 

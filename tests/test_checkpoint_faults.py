@@ -22,12 +22,13 @@ STEPS = (1, 2, 3, 3, 4)
 
 def save(folder: Path, step: int, seed: int, disk: Disk) -> None:
     content = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes([seed]) * 100}
-    save_checkpoint(folder, step, policy=content, optimizer={"x": torch.full((50,), seed)}, state={"seed": seed}, keep=2, disk=disk)
+    optimizer, state = {"x": torch.full((50,), seed)}, {"seed": seed}
+    save_checkpoint(folder, step, adapters={"policy": content}, optimizer=optimizer, state=state, keep=2, disk=disk)
 
 
 def is_what_was_saved(found: Checkpoint) -> bool:
     """A checkpoint holds its seed in three places; whatever was mixed up shows."""
-    seed, weights = found.state["seed"], (found.policy / "adapter_model.safetensors").read_bytes()
+    seed, weights = found.state["seed"], (found.adapter("policy") / "adapter_model.safetensors").read_bytes()
     return STEPS[seed] == found.step and weights == bytes([seed]) * 100 and bool((found.optimizer["x"] == seed).all())
 
 

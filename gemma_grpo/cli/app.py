@@ -11,6 +11,7 @@ import typer
 
 from gemma_grpo.cli import data, demo, doctor, plan, recipes, say_stopped, training
 from gemma_grpo.cli.errors import Exit, output_error, report
+from gemma_grpo.cli.printing import say
 
 _INTERRUPTED = 130
 """What typer makes of a KeyboardInterrupt."""
@@ -39,7 +40,7 @@ def _version(asked: bool) -> None:
     if asked:
         from gemma_grpo import __version__
 
-        print(__version__)
+        say(__version__)
         raise typer.Exit
 
 

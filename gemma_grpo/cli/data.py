@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gemma_grpo.cli.printing import say, say_data
+from gemma_grpo.escapes import printable
+
 if TYPE_CHECKING:
     from gemma_grpo.data.prompts import PromptRow
     from gemma_grpo.types import PreferencePair
@@ -28,34 +31,41 @@ def preview(source: Source, rows: Annotated[int, typer.Option("--rows", "-n", mi
     loaded = load_dataset_rows(source)
     items: Sequence[PreferencePair | PromptRow] = loaded.pairs if isinstance(loaded, LoadedPairs) else loaded.prompts
     for number, item in enumerate(islice(items, rows), start=1):
-        print(f"--- row {number}")
+        say(f"--- row {number}")
         for label, text in lines_of(item):
             first, *further = text.split("\n")
-            print("\n".join([f"{label:>9}  {first}", *(f"{'':>9}  {line}" for line in further)]))
-    print(f"--- {loaded.rows} rows, {loaded.kept} usable")
+            say_data("\n".join([f"{label:>9}  {first}", *(f"{'':>9}  {line}" for line in further)]))
+    say(f"--- {loaded.rows} rows, {loaded.kept} usable")
 
 
 @app.command()
-def stats(source: Source, as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Count rows, usable rows and dropped rows by reason; lengths in words."""
+def stats(
+    source: Source,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that would be dropped.")] = False,
+) -> None:
+    """Count rows, usable rows and dropped rows by reason, with the places of the first three of each; lengths in words."""
     from gemma_grpo.data.hh_rlhf import LoadedPairs
     from gemma_grpo.data.inspection import pair_stats, prompt_stats
     from gemma_grpo.data.prompts import load_dataset_rows
+    from gemma_grpo.data.rejections import EXAMPLES
 
-    loaded = load_dataset_rows(source)
+    loaded = load_dataset_rows(source, strict=strict)
     facts = pair_stats(loaded) if isinstance(loaded, LoadedPairs) else prompt_stats(loaded)
     if as_json:
-        print(json.dumps(facts, indent=2))
+        say_data(json.dumps(facts, indent=2))
         return
+    examples = facts.pop("examples")
     for name, value in facts.items():
-        print(f"{name:<18} {_shown(value)}")
+        say_data(f"{name:<18} {_shown(value)}")
+    if examples:
+        say_data(f"--- dropped, the first {EXAMPLES} of each reason")
+        say_data("\n".join(map(_shown, examples)))
 
 
 def _shown(value: Any) -> str:
-    from gemma_grpo.data.inspection import printable
-
     if isinstance(value, Mapping):
-        return ", ".join(f"{printable(str(name), keep_newlines=False)} {_shown(inner)}" for name, inner in value.items()) or "none"
+        return ", ".join(f"{printable(str(name))} {_shown(inner)}" for name, inner in value.items()) or "none"
     if isinstance(value, list):
         return ", ".join(map(_shown, value)) or "none"
-    return f"{value:.3f}" if isinstance(value, float) else printable(str(value), keep_newlines=False)
+    return f"{value:.3f}" if isinstance(value, float) else printable(str(value))

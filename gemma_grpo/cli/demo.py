@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gemma_grpo.cli.printing import say
 from gemma_grpo.cli.summary import evaluation_lines, read_calibration, reward_lines, time_line
 from gemma_grpo.cli.training import Overrides, update_line
 from gemma_grpo.config import load_recipe, parse_overrides
@@ -22,8 +23,8 @@ def demo(
     start = time.perf_counter()
     options: dict[str, Any] = {"seed": seed, **({"output_dir": str(output_dir)} if output_dir else {})}
     settings = options | parse_overrides(overrides or [], "miniature")
-    print("A tiny Gemma 3 in a small world whose true score is known, but never shown to training.")
-    print(update_line(load_recipe("miniature", settings)), flush=True)
+    say("A tiny Gemma 3 in a small world whose true score is known, but never shown to training.")
+    say(update_line(load_recipe("miniature", settings)), flush=True)
 
     from gemma_grpo.grpo.trainer import GRPOTrainer
     from gemma_grpo.monitor.report import write_report
@@ -34,4 +35,4 @@ def demo(
     path = write_report(trainer.run_dir)
     seconds = time.perf_counter() - start
     lines = [*reward_lines(read_calibration(trainer.run_dir)), *evaluation_lines(evaluation), time_line(trainer.run_dir, seconds)]
-    print("\n".join(["", *lines, f"report: {path}"]))
+    say("", *lines, f"report: {path}")

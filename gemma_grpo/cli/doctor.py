@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from gemma_grpo.cli.errors import Exit
+from gemma_grpo.cli.printing import say
 
 Asked = Annotated[str | None, typer.Argument(metavar="[MODEL|RECIPE]", help="A Hub id, a checkpoint folder, or a recipe.")]
 
@@ -21,7 +22,7 @@ def doctor(
 
     if as_json:
         found = diagnosis.diagnose(asked, deep=deep)
-        print(found.as_json())
+        say(found.as_json())
     else:
         found = diagnosis.doctor(asked, deep=deep)
     if not found.ok:

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from gemma_grpo.access import AccessError
-from gemma_grpo.config import ConfigError, printable
+from gemma_grpo.cli.printing import complain, say
+from gemma_grpo.config import ConfigError
+from gemma_grpo.escapes import printable
+from gemma_grpo.redact import redact
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PACKAGE = str(Path(__file__).resolve().parents[1])
@@ -66,17 +69,19 @@ def explained(error: BaseException) -> str:
         rest = [remedy] if error.filename else [remedy, *_place(error)]
     else:
         first, rest = f"{type(error).__name__}: {error}", [*_place(error), "Run again with --debug for the whole trace."]
-    return "\n".join([f"error: {printable(first)}", *(f"  {printable(line)}" for text in rest for line in text.splitlines())])
+    # redacted before it is cut into lines
+    lines = [f"error: {printable(redact(first))}", *(f"  {printable(line)}" for text in rest for line in redact(text).splitlines())]
+    return "\n".join(lines)
 
 
 def report(error: BaseException, *, debug: bool) -> Exit:
     """Print the error to stderr, with its trace when debugging; what the process shall end with."""
     if debug:
-        traceback.print_exception(error)
+        complain("".join(traceback.format_exception(error)).rstrip("\n"))
     if "NoArgsIsHelpError" in _names(error):
-        print(error)
+        say(str(error))
         return Exit.USAGE
-    print(explained(error), file=sys.stderr)
+    complain(explained(error))
     return exit_code(error)
 
 

@@ -9,6 +9,7 @@ import typer
 
 from gemma_grpo.cards import named_card, present_card
 from gemma_grpo.cli.errors import Exit
+from gemma_grpo.cli.printing import say
 from gemma_grpo.cli.training import Overrides, Recipe
 from gemma_grpo.config import load_recipe, parse_overrides
 from gemma_grpo.planner import find_shape, plan_run
@@ -23,6 +24,6 @@ def plan(
     """Show what a run will hold in memory, phase by phase, and whether it fits: exit code 3 if not. Loads no model."""
     config = load_recipe(recipe, parse_overrides(overrides or [], recipe))
     planned = plan_run(config, find_shape(config.model_name), present_card() if card is None else named_card(card))
-    print(json.dumps(planned.to_dict(), indent=2) if as_json else planned)
+    say(json.dumps(planned.to_dict(), indent=2) if as_json else str(planned))
     if not planned.fits:
         raise typer.Exit(Exit.PREFLIGHT)

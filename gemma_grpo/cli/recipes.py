@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from gemma_grpo.cli.printing import say
 from gemma_grpo.config import ConfigError, Problem, find_recipe, shipped_recipes
 
 app = typer.Typer(help="The recipes that ship with the package.", no_args_is_help=True, rich_markup_mode=None)
@@ -21,13 +22,13 @@ def list_recipes() -> None:
     width = max(map(len, recipes), default=0)
     for name, path in recipes.items():
         with path.open(encoding="utf-8") as file:
-            print(f"{name:<{width}}  {file.readline().lstrip('# ').strip()}")
+            say(f"{name:<{width}}  {file.readline().lstrip('# ').strip()}")
 
 
 @app.command()
 def show(name: Name) -> None:
     """Print a recipe."""
-    print(_shipped(name).read_text(encoding="utf-8"), end="")
+    say(_shipped(name).read_text(encoding="utf-8"), end="")
 
 
 @app.command()
@@ -42,7 +43,7 @@ def copy(name: Name, destination: Annotated[Path, typer.Argument(help="File to w
         raise _problem(target, "exists already. Choose another name, or delete it first.") from None
     except OSError as error:
         raise _problem(target, f"cannot be written ({error.strerror}). Choose another place.") from None
-    print(f"{target}   next: gemma-grpo train {target}")
+    say(f"{target}   next: gemma-grpo train {target}")
 
 
 def _shipped(name: str) -> Path:

@@ -10,12 +10,16 @@ import typer
 
 from gemma_grpo.access import checkpoint_folder
 from gemma_grpo.cards import present_card
+from gemma_grpo.cli.allowing import AllowCode, CodeHash, allowed_code
+from gemma_grpo.cli.printing import say
 from gemma_grpo.cli.summary import evaluation_lines, read_calibration, reward_lines
-from gemma_grpo.config import GRPOConfig, load_recipe, parse_overrides, printable
+from gemma_grpo.config import GRPOConfig, load_recipe, parse_overrides
+from gemma_grpo.escapes import printable
 from gemma_grpo.planner import PreflightError, find_shape, plan_run
 
 if TYPE_CHECKING:
     from gemma_grpo.grpo.trainer import GRPOTrainer
+    from gemma_grpo.reward.allowed_code import CodeFile
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a name from `gemma-grpo recipes list`.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings on top, such as max_steps=20 kl.beta=0.1.")]
@@ -30,72 +34,82 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in output_dir; done anyway where there is one.")] = False,
     force: Force = False,
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time goes, beside what this machine could do.")] = False,
+    allow_code: AllowCode = None,
+    code_sha256: CodeHash = None,
 ) -> None:
     """Train a policy: the reward adapter first if there is none, then GRPO, then before and after on held-out prompts."""
     if dry_run and profile:
         raise ValueError("--dry-run makes no step, so there is nothing to profile. Leave one of the two out.")
     output = load_recipe(recipe, parse_overrides(overrides or [], recipe)).output_dir
     goes_on = resume or (output is not None and (Path(output) / "recipe.yaml").is_file())
-    trainer = _trainer(recipe, overrides, check_fit=not (force or goes_on))
+    code = allowed_code(allow_code, code_sha256, Path(output) if goes_on and output else None)
+    trainer = _trainer(recipe, overrides, check_fit=not (force or goes_on), code=code)
     if dry_run:
-        print("\n".join(plan_lines(trainer.dry_run(force=force))))
+        say(*plan_lines(trainer.dry_run(force=force)))
         return
 
     from gemma_grpo.monitor.report import write_report
 
     evaluation = trainer.train(resume_from_checkpoint=goes_on, force=force, profile=profile)
     path = write_report(trainer.run_dir)
-    print("\n".join(["", *reward_lines(read_calibration(trainer.run_dir)), *evaluation_lines(evaluation)]))
-    print(f"adapter: {trainer.run_dir / 'adapter'}\nreport:  {path}")
+    say("", *reward_lines(read_calibration(trainer.run_dir)), *evaluation_lines(evaluation))
+    say(f"adapter: {trainer.run_dir / 'adapter'}\nreport:  {path}")
 
 
 def train_reward(recipe: Recipe, overrides: Overrides = None, force: Force = False) -> None:
     """Train only the reward adapter on the preference pairs, and measure it on held-out ones."""
     trainer = _trainer(recipe, overrides)
     calibration = trainer.train_reward(force=force)
-    print("\n".join([*reward_lines(calibration), f"reward adapter: {trainer.run_dir / 'reward'}"]))
+    say(*reward_lines(calibration), f"reward adapter: {trainer.run_dir / 'reward'}")
 
 
-def evaluate(run: Run) -> None:
+def evaluate(run: Run, allow_code: AllowCode = None, code_sha256: CodeHash = None) -> None:
     """Compare before and after on held-out prompts, and write evaluation.json."""
+    code = allowed_code(allow_code, code_sha256, run)
+    config = None if code is None else load_recipe(run / "recipe.yaml")
+    from gemma_grpo.grpo.setup import functions_of
     from gemma_grpo.grpo.trainer import GRPOTrainer
     from gemma_grpo.stopping import listening
 
-    trainer = GRPOTrainer.from_run(run)
+    trainer = GRPOTrainer.from_run(run, reward_functions=functions_of(code, config) if code and config else None)
     with trainer.view, listening():
         evaluation = trainer.evaluate()
-    print("\n".join(evaluation_lines(evaluation)))
-    print(f"details: {trainer.run_dir / 'evaluation.json'}")
+    say(*evaluation_lines(evaluation))
+    say(f"details: {trainer.run_dir / 'evaluation.json'}")
 
 
 def report(run: Run) -> None:
     """Write report.html: curves, before and after, settings and samples in one file that needs no network."""
     from gemma_grpo.monitor.report import write_report
 
-    print(write_report(run))
+    say(str(write_report(run)))
 
 
-def _trainer(recipe: str, overrides: list[str] | None, *, check_fit: bool = False) -> GRPOTrainer:
+def _trainer(recipe: str, overrides: list[str] | None, *, check_fit: bool = False, code: CodeFile | None = None) -> GRPOTrainer:
     """The trainer of a recipe, once the settings are known to be right: their errors must not wait for torch."""
     settings = parse_overrides(overrides or [], recipe)
     config = load_recipe(recipe, settings)
-    print(update_line(config), flush=True)
+    say(update_line(config), flush=True)
     checkpoint_folder(config.model_name, weights=False)  # what the Hub refuses must not wait for torch either
     if check_fit:  # nor what does not fit; the trainer plans again, with the card that torch gives it
         plan = plan_run(config, find_shape(config.model_name), present_card())
         if not plan.fits:
             raise PreflightError(plan.refusal)
 
+    from gemma_grpo.grpo.setup import functions_of
     from gemma_grpo.grpo.trainer import GRPOTrainer
     from gemma_grpo.monitor.terminal import ProgressView
 
-    return GRPOTrainer.from_recipe(recipe, settings, view=ProgressView())
+    functions = None if code is None else functions_of(code, config)
+    trainer = GRPOTrainer.from_recipe(recipe, settings, view=ProgressView(), reward_functions=functions)
+    trainer.code = {} if code is None else {"code": code.record}
+    return trainer
 
 
 def update_line(config: GRPOConfig) -> str:
     """The product that batch_size alone does not tell."""
     return (
-        f"{config.model_name}: {config.batch_size} prompts x {config.gradient_accumulation_steps} accumulation x "
+        f"{printable(config.model_name)}: {config.batch_size} prompts x {config.gradient_accumulation_steps} accumulation x "
         f"{config.num_generations} completions = {config.completions_per_step} completions per update"
     )
 
@@ -105,6 +119,6 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     lines = [str(plan["plan"]), "", f"{plan['steps']} steps", *(f"{name}: {value}" for name, value in plan["counts"].items())]
     lines.append("rewards: " + ", ".join(f"{name} x {weight:g}" for name, weight in plan["rewards"].items()))
     for prompt in plan["prompts"]:
-        lines.append(f"prompt {prompt.prompt_id}, {len(prompt.token_ids)} tokens:")
+        lines.append(f"prompt {printable(prompt.prompt_id)}, {len(prompt.token_ids)} tokens:")
         lines += [f"  {message['role']}: {printable(message['content'])}" for message in prompt.messages]
     return [*lines, "nothing was written"]

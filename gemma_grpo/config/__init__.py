@@ -1,6 +1,6 @@
 """Settings: what they mean (schema.py) and how a recipe is read (recipe.py). Loads no torch."""
 
-from gemma_grpo.config.problems import ConfigError, Problem, printable
+from gemma_grpo.config.problems import ConfigError, Problem
 from gemma_grpo.config.recipe import build_config, dump_recipe, load_recipe, parse_overrides
 from gemma_grpo.config.schema import (
     AdvantageSettings,
@@ -13,6 +13,7 @@ from gemma_grpo.config.schema import (
     LossSettings,
     MemorySettings,
     OptimizerSettings,
+    RewardFunctionSettings,
     RewardModelSettings,
     SamplingSettings,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "MemorySettings",
     "OptimizerSettings",
     "Problem",
+    "RewardFunctionSettings",
     "RewardModelSettings",
     "SamplingSettings",
     "build_config",
@@ -38,6 +40,5 @@ __all__ = [
     "find_recipe",
     "load_recipe",
     "parse_overrides",
-    "printable",
     "shipped_recipes",
 ]

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 32_768
+"""The dumped settings are 3 KB. A megabyte can keep PyYAML busy for a minute."""
 _MAX_DEPTH = 20
 
 KeyPath = tuple[str, ...]
@@ -133,12 +134,17 @@ def _bracketed(text: str) -> Any:
             raise yaml.YAMLError("anchors, aliases or deep nesting")
         loader = _Loader(text)
         try:
-            return loader.get_single_data()
+            root = loader.get_single_node()
+            assert root is not None  # a bracket or a quote was opened
+            twice = next(_collect(root, (), {}), None)
+            if twice is None:
+                return loader.construct_document(root)
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
         remedy = "Quote the whole for the shell, such as 'key=[a, b]'."
         raise ValueError(f"{text!r} opens a bracket or a quote but is not YAML. {remedy}") from error
+    raise ValueError(f"{text!r} gives {twice.key} twice. Keep one.")
 
 
 def _refused(text: str) -> Iterator[Mark]:
@@ -159,8 +165,13 @@ def _refused(text: str) -> Iterator[Mark]:
             return
 
 
-def _collect(node: yaml.MappingNode, path: KeyPath, lines: dict[KeyPath, int]) -> Iterator[Mark]:
-    """Fill `lines` with the line of every key; yield the keys given twice."""
+def _collect(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int]) -> Iterator[Mark]:
+    """Fill `lines` with the line of every key, at any depth; yield the keys given twice. An item of a list is named by its number."""
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _collect(item, (*path, str(index)), lines)
+    if not isinstance(node, yaml.MappingNode):
+        return
     for key, value in node.value:
         here = (*path, _name(key))
         line = key.start_mark.line + 1
@@ -168,8 +179,7 @@ def _collect(node: yaml.MappingNode, path: KeyPath, lines: dict[KeyPath, int]) -
             yield Mark(line, ".".join(here), f"given twice, first on line {lines[here]}. Keep one.")
             continue
         lines[here] = line
-        if isinstance(value, yaml.MappingNode):
-            yield from _collect(value, here, lines)
+        yield from _collect(value, here, lines)
 
 
 def _not_a_mapping(root: yaml.Node | None) -> str:
@@ -182,7 +192,7 @@ def _syntax(error: yaml.YAMLError, text: str) -> Mark:
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
         what = f"not YAML: {error.problem or error.context}. Check the indentation, the colon and the quotes here."
-        last = len(text.rstrip().splitlines())  # an open bracket is noticed at the end of the file
+        last = max(1, len(text.rstrip().splitlines()))  # an open bracket is noticed at the end of the file
         return Mark(min(mark.line + 1, last) if mark else 1, "", what)
     position = getattr(error, "position", 0)
     line = text.count("\n", 0, position if isinstance(position, int) else 0) + 1

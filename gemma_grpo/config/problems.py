@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from gemma_grpo.config.schema import GRPOConfig
+from gemma_grpo.escapes import printable
+from gemma_grpo.redact import redact
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -96,7 +98,7 @@ class Problem:
 
     def __str__(self) -> str:
         where = self.origin if self.line is None else f"{self.origin}:{self.line}"
-        return ": ".join(part for part in (where, printable(self.key), self.what) if part)
+        return redact(": ".join(part for part in (where, printable(self.key), self.what) if part))
 
 
 class ConfigError(ValueError):
@@ -105,11 +107,6 @@ class ConfigError(ValueError):
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(sorted(problems, key=lambda problem: (problem.line is None, problem.line or 0)))
         super().__init__("\n".join(str(problem) for problem in self.problems))
-
-
-def printable(text: str) -> str:
-    """Text on one line: control characters, line ends and invisible marks (which can reorder a terminal's line) escaped."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def explain(error: ErrorDetails, path: KeyPath) -> str:
@@ -170,7 +167,11 @@ def shown(value: Any) -> str:
     """A value as a message shows it: YAML's words, cut at 60 characters."""
     if isinstance(value, Mapping):
         return "a group of settings"
-    text = {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
+    try:
+        text = {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
+    except (ValueError, RecursionError):  # of thousands of digits, or of levels
+        return f"a value of type {type(value).__name__} too large to show"
+    text = redact(text)  # before it is cut: half a secret has no form to know it by
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -14,6 +14,7 @@ from gemma_grpo.config.document import MAX_BYTES, KeyPath, read_document, read_s
 from gemma_grpo.config.problems import ALIASES, ConfigError, Problem, explain, field_of, not_a_truth_value
 from gemma_grpo.config.schema import GRPOConfig, Stage
 from gemma_grpo.config.shipped import find_recipe
+from gemma_grpo.escapes import printable
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -137,7 +138,7 @@ def _layer(values: Mapping[str, Any], origin: str, lines: Mapping[KeyPath, int],
         clash = next((layer[known] for known in (path, path[:1]) if known in layer), None)
         if clash is not None:
             place = f" on line {clash.line}" if clash.line else ""
-            problems.append(entry.problem(f"sets the same as {clash.key}{place}. Keep one."))
+            problems.append(entry.problem(f"sets the same as {printable(clash.key)}{place}. Keep one."))
             continue
         layer[path] = entry
     return layer

@@ -5,21 +5,30 @@ Owns what a setting means and its limits; reading recipes is recipe.py. Defaults
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from gemma_grpo.redact import holds_secret
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+TOO_MANY = 10**18
+"""No whole number here reaches it: recipes are read with up to 18 digits, and nothing counts as far."""
+Count = Annotated[int, Field(ge=1, lt=TOO_MANY)]
+Whole = Annotated[int, Field(ge=0, lt=TOO_MANY)]
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Stage(BaseModel):
     """Base of every stage's settings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    # hide_input_in_errors: pydantic's own text would quote a secret that was given by mistake
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), hide_input_in_errors=True
+    )
 
 
 class LoraSettings(Stage):
@@ -38,7 +47,7 @@ class LoraSettings(Stage):
 class SamplingSettings(Stage):
     """Filters on the sampled distribution; off by default, because a filter makes the sampler differ from the scored policy."""
 
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Whole = 0
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Keep the smallest set of tokens with this probability mass; 1 keeps all."""
@@ -93,7 +102,7 @@ class KLSettings(Stage):
     """KL to the reference the controller steers to, nat per token; null keeps beta fixed."""
     step_limit: Positive | None = 0.05
     """KL to the sampling policy, nat per token: above it the remaining passes stop, above 1.5 x it the update is rolled back."""
-    hard_stop_steps: Annotated[int, Field(ge=0)] = 20
+    hard_stop_steps: Whole = 20
     """Stop training when the smoothed KL stays above twice ref_target for so many steps; 0 never stops."""
 
 
@@ -121,7 +130,7 @@ class OptimizerSettings(Stage):
     """Decoupled decay per update."""
     max_grad_norm: Positive | None = 1.0
     """Gradients are scaled down to this norm; null for no limit."""
-    warmup_updates: Annotated[int, Field(ge=0)] = 0
+    warmup_updates: Whole = 0
     """Updates over which the learning rate rises linearly from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """After the warm-up: constant, or down to 0 at the last update."""
@@ -142,7 +151,7 @@ class RewardModelSettings(Stage):
     """Pairs per update; both sides of a pair are always in one batch."""
     max_pairs: Count | None = None
     """Train on at most so many pairs; null for all."""
-    max_length: Annotated[int, Field(ge=16)] = 1024
+    max_length: Annotated[int, Field(ge=16, lt=TOO_MANY)] = 1024
     """Longest dialogue in tokens, verdict included; longer ones lose whole turns from the left."""
     centering: NonNegative = 0.01
     """Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0 (arXiv:2312.09244)."""
@@ -150,6 +159,17 @@ class RewardModelSettings(Stage):
     """Assumed share of wrong labels."""
     shaping: Literal["par", "none"] = "par"
     """PAR: sigmoid(reward - reward of the dataset's reply, or of the reference policy's mean) (arXiv:2502.18770)."""
+
+
+class RewardFunctionSettings(Stage):
+    """How a reward function given in Python is called. Rewards named in a recipe are the package's own, and always stop the run."""
+
+    timeout: Positive | None = None
+    """Seconds for one call, which then has its own process and is killed; null calls it in this one: it remembers, and may use the GPU."""
+    on_failure: Literal["stop", "skip"] = "stop"
+    """A call that fails or is late, a score that cannot be used: stop the run, or leave those completions unscored and count them."""
+    max_skipped: Fraction = 0.5
+    """Share of a step's completions that may be skipped; above it the run stops."""
 
 
 class MemorySettings(Stage):
@@ -181,12 +201,14 @@ class DataSettings(Stage):
     """Train on at most so many prompts; null for all."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of conversations kept for evaluation; a conversation is never on both sides."""
+    strict: bool = False
+    """true stops at the first row that is no usable pair or prompt, with its place; false drops and counts it."""
 
 
 class EvaluationSettings(Stage):
     """Before and after, on held-out prompts."""
 
-    num_prompts: Annotated[int, Field(ge=0)] = 128
+    num_prompts: Whole = 128
     """Held-out prompts sampled with and without the adapter; 0 skips the evaluation."""
     num_completions: Count = 1
     """Completions of each held-out prompt."""
@@ -217,19 +239,19 @@ class GRPOConfig(Stage):
     """Stop after so many rollout batches, whatever epochs says."""
     max_minutes: Positive | None = None
     """Stop in time, with a checkpoint to go on from (exit code 75): a session that will be ended, or a slot of a cluster."""
-    num_generations: Annotated[int, Field(ge=2)] = 8
+    num_generations: Annotated[int, Field(ge=2, lt=TOO_MANY)] = 8
     """Completions per prompt (G); a group needs at least 2 to have a baseline."""
     planning_steps: Count = 2
     """Optimisation passes over one rollout batch."""
-    max_prompt_length: Annotated[int, Field(ge=8)] = 512
+    max_prompt_length: Annotated[int, Field(ge=8, lt=TOO_MANY)] = 512
     """Prompt tokens; longer conversations lose whole turns from the left, and a last turn that alone is longer is dropped and counted."""
     max_completion_length: Count = 256
     """Tokens sampled at most per completion, stop token included."""
     temperature: Positive = 1.0
     """Divides the logits, in sampling and in every log-probability alike."""
-    save_steps: Annotated[int, Field(ge=0)] = 50
+    save_steps: Whole = 50
     """Steps between checkpoints; 0 saves at the end only."""
-    keep_checkpoints: Annotated[int, Field(ge=2)] | None = 3
+    keep_checkpoints: Annotated[int, Field(ge=2, lt=TOO_MANY)] | None = 3
     """How many of the newest are kept; null keeps all. Never fewer than 2: a disk can damage the last one."""
     precision: Literal["auto", "fp32", "bf16", "fp16_rescaled"] = "auto"
     """Weights of the frozen base: auto takes bf16 where a GPU has units for it, else fp16 rescaled by a power of two; fp32 on a CPU."""
@@ -245,10 +267,21 @@ class GRPOConfig(Stage):
     entropy: EntropySettings = EntropySettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     reward_model: RewardModelSettings = RewardModelSettings()
+    reward_function: RewardFunctionSettings = RewardFunctionSettings()
     memory: MemorySettings = MemorySettings()
     watchdog: WatchdogSettings = WatchdogSettings()
     data: DataSettings = DataSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> GRPOConfig:
+        for name, text in _texts(self.model_dump()):
+            if holds_secret(text):
+                raise ValueError(
+                    f"{name} holds what looks like a token, a key or a password, and settings are written to files and shown. "
+                    "Leave it out: the Hub's token comes from `hf auth login` or the variable HF_TOKEN."
+                )
+        return self
 
     @model_validator(mode="after")
     def _limits_agree(self) -> GRPOConfig:
@@ -256,7 +289,7 @@ class GRPOConfig(Stage):
             raise ValueError(f"kl.beta_min is {self.kl.beta_min}, above kl.beta_max {self.kl.beta_max}. Lower kl.beta_min.")
         self._kl_can_be_kept()
         if self.advantage.aggregation == "gdpo" and self.kl.placement == "reward":
-            raise ValueError("advantage.aggregation=gdpo normalises each reward by itself, so KL cannot be one. Use kl.placement=loss.")
+            raise ValueError("advantage.aggregation is gdpo, which normalises each reward alone: KL cannot be one. Use kl.placement=loss.")
         if self.reward is not None and not self.reward:
             raise ValueError("reward names no reward. Leave it out for the trained generative reward, or name one.")
         return self
@@ -269,7 +302,7 @@ class GRPOConfig(Stage):
                 "Move a limit, or use kl.ref_target=null for a fixed beta, or kl.placement=off for no penalty."
             )
         if kl.placement == "reward" and (self.sampling.top_k or self.sampling.top_p < 1):
-            raise ValueError("kl.placement=reward measures KL where it sampled, so top_k and top_p must be off. Use kl.placement=loss.")
+            raise ValueError("kl.placement is reward, which measures KL where it sampled: top_k, top_p must be off. Use kl.placement=loss.")
 
     @property
     def prompts_per_step(self) -> int:
@@ -280,3 +313,14 @@ class GRPOConfig(Stage):
     def completions_per_step(self) -> int:
         """Completions per rollout batch."""
         return self.prompts_per_step * self.num_generations
+
+
+def _texts(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in the settings with the setting's name; the names within `reward` are texts too."""
+    for name, value in values.items():
+        if prefix == "reward.":
+            yield "reward", name
+        if isinstance(value, Mapping):
+            yield from _texts(value, f"{prefix}{name}.")
+        elif isinstance(value, str):
+            yield prefix + name, value

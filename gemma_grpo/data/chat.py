@@ -6,6 +6,7 @@ It equals Gemma 3's own for text: system text folded into the first user turn, r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,19 @@ START_OF_TURN_ID, END_OF_TURN_ID = 105, 106
 STOP_IDS = (EOS_ID, END_OF_TURN_ID)
 """Either token ends a reply. Gemma's instruct models stop with <end_of_turn>; its base models with <eos>."""
 
+CONTROL_IDS = frozenset((PAD_ID, *STOP_IDS, BOS_ID, START_OF_TURN_ID))
+
 _TURN_NAME = {"user": "user", "assistant": "model"}
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of text in which control tokens mean nothing: "<end_of_turn>" typed by a user stays nine characters of text."""
-    return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+    ids = list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+    if CONTROL_IDS.isdisjoint(ids):
+        return ids
+    # a tokenizer whose file does not mark them as special finds them in text all the same: parted after "<" they are text
+    parts = re.split("(?<=<)", text)
+    return [token for part in parts for token in tokenizer.encode(part, add_special_tokens=False, split_special_tokens=True)]
 
 
 def fold_system(messages: Sequence[Message]) -> list[Message]:

@@ -1,6 +1,11 @@
 """Preference rows -> PreferencePair: hh-rlhf's transcripts and the conversational form, every dropped row counted with its reason.
 
-Owns the parse recipe and the drop reasons. Reading files is sources.py, tokens are chat.py and prompts.py.
+Kept as it stands: a role label without the blank line before it, control tokens as text, NUL, bidirectional marks, further columns of any
+kind, two equal replies (the prompt is good, and the pair teaches the reward nothing; `data stats` counts them).
+Put right: whitespace around a turn is stripped, a transcript's lost first blank line is given back, CRLF ends its lines as LF does.
+Dropped, under the first reason that applies: a row or side that is no conversation, text that is none, an empty reply, prompts that
+differ, roles that do not alternate, a last turn that is not the assistant's, an empty last user turn.
+Owns this recipe. Reading files, and what stops it, is sources.py and json_files.py; tokens are chat.py and prompts.py.
 """
 
 from __future__ import annotations
@@ -8,13 +13,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, tee
 from typing import Any
 
-from gemma_grpo.data.sources import DataError, RowSource, describe_columns, open_rows
+from gemma_grpo.data.rejections import Rejections, UnusableRowError
+from gemma_grpo.data.sources import DataError, Rows, RowSource, describe_columns, open_rows
 from gemma_grpo.types import Message, PreferencePair, Role
 
 __all__ = ["DataError", "LoadedPairs", "load_hh_rlhf", "message_turns", "parse_pairs", "transcript_turns"]
@@ -22,7 +26,7 @@ __all__ = ["DataError", "LoadedPairs", "load_hh_rlhf", "message_turns", "parse_p
 NAMED_REASONS = ("empty_final_reply", "prompts_differ", "roles_do_not_alternate")
 """Reasons real hh-rlhf rows are dropped for; a row is counted under the first that applies, in this order."""
 
-_MARKER = re.compile(r"\n\n(Human|Assistant):")
+_MARKER = re.compile(r"\r?\n\r?\n(Human|Assistant):")
 _SPEAKER: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
 _CONSUMED = ("chosen", "rejected", "prompt")
 
@@ -35,7 +39,9 @@ class LoadedPairs:
     rows: int
     dropped: Mapping[str, int]
     """Reason -> rows. The reasons of hh-rlhf itself are always there, further ones only when they occurred:
-    not_a_pair (no chosen and rejected conversations), not_text (unpaired surrogates), last_turn_not_assistant."""
+    not_a_pair (no chosen and rejected conversations), not_text (unpaired surrogates), last_turn_not_assistant, empty_prompt."""
+    examples: tuple[str, ...] = ()
+    """Where the first three rows of each reason stand: "path:line: reason"."""
 
     @property
     def kept(self) -> int:
@@ -43,37 +49,33 @@ class LoadedPairs:
         return len(self.pairs)
 
 
-class UnusableRowError(Exception):
-    """Why a row is dropped; never leaves this package."""
-
-
-def load_hh_rlhf(source: RowSource, *, name: str | None = None) -> LoadedPairs:
+def load_hh_rlhf(source: RowSource, *, name: str | None = None, strict: bool = False) -> LoadedPairs:
     """Preference pairs of a file (.jsonl, .json, either also .gz, or .parquet), a Hub id, a list of rows or a datasets.Dataset.
 
     A row holds "chosen" and "rejected": transcripts ("\\n\\nHuman: ...\\n\\nAssistant: ...") or lists of role/content messages, whole
     conversations or continuations of a further "prompt". `name` becomes each pair's source; without it the row's own
-    "source" column does, or else the file's or dataset's name. Raises DataError, also when no row is usable.
+    "source" column does, or else the file's or dataset's name. Raises DataError, also when no row is usable, and with `strict` for
+    the first that is not.
     """
-    opened = open_rows(source)
-    rows, seen = tee(opened.rows)
-    first = list(islice(seen, 100))
-    del seen  # or tee would hold every row
-    loaded = parse_pairs(rows, fallback_name=opened.name, name=name)
+    first, opened = open_rows(source).peek(100)
+    loaded = parse_pairs(opened, name=name, strict=strict)
     if not loaded.pairs:
         raise DataError(no_usable_row(opened.place, first, loaded.rows, loaded.dropped))
     return loaded
 
 
-def parse_pairs(rows: Iterable[Any], *, fallback_name: str = "dataset", name: str | None = None) -> LoadedPairs:
-    """Pairs of already read rows; whatever a row holds, it becomes a pair or is counted under a reason."""
+def parse_pairs(rows: Rows | Iterable[Any], *, name: str | None = None, strict: bool = False) -> LoadedPairs:
+    """Pairs of opened or given rows; whatever a row holds, it becomes a pair or is counted under a reason (with `strict`: DataError)."""
+    opened = rows if isinstance(rows, Rows) else open_rows(rows)
     pairs: list[PreferencePair] = []
-    dropped = Counter(dict.fromkeys(NAMED_REASONS, 0))
-    for row in rows:
+    rejections = Rejections(opened, strict=strict, always=NAMED_REASONS)
+    for number, row in opened.numbered:
         try:
-            pairs.append(row if isinstance(row, PreferencePair) else _parse_pair(row, fallback_name, name))
-        except UnusableRowError as reason:
-            dropped[str(reason)] += 1
-    return LoadedPairs(tuple(pairs), len(pairs) + dropped.total(), dict(dropped))
+            pairs.append(row if isinstance(row, PreferencePair) else _parse_pair(row, opened.name, name))
+        except UnusableRowError as why:
+            rejections.add(number, why)
+    counts = rejections.counts
+    return LoadedPairs(tuple(pairs), len(pairs) + counts.total(), dict(counts), tuple(rejections.examples))
 
 
 def no_usable_row(place: str, first: Sequence[Any], rows: int, dropped: Mapping[str, int]) -> str:
@@ -91,7 +93,7 @@ def transcript_turns(text: str) -> list[Message] | None:
     """Turns of a transcript, split on the exact markers "\\n\\nHuman:" and "\\n\\nAssistant:" and stripped; None if it is not one.
 
     A label inside a turn, without the blank line before it, is text of that turn. A transcript whose first blank line was
-    stripped away is read all the same.
+    stripped away, or whose lines end in CRLF, is read all the same.
     """
     if text.lstrip().startswith(("Human:", "Assistant:")):
         text = "\n\n" + text.lstrip()
@@ -161,6 +163,8 @@ def _parse_pair(row: Any, fallback_name: str, name: str | None) -> PreferencePai
         raise UnusableRowError("roles_do_not_alternate")
     if chosen[-1]["role"] != "assistant":
         raise UnusableRowError("last_turn_not_assistant")
+    if not chosen[-2]["content"]:
+        raise UnusableRowError("empty_prompt")
     replies = chosen[-1]["content"], rejected[-1]["content"]
     return PreferencePair(
         pair_id=content_hash([chosen[:-1], *replies]),
@@ -177,7 +181,8 @@ def _side(prompt: Any, reply: Any) -> list[Message]:
     if prompt is None:
         return _required(transcript_turns(reply) if isinstance(reply, str) else message_turns(reply))
     if isinstance(reply, str):
-        if reply.startswith("\n\nHuman:"):
+        marker = _MARKER.match(reply)
+        if marker and marker[1] == "Human":
             return _required(transcript_turns(reply))
         return [*_prompt_turns(prompt), {"role": "assistant", "content": reply.strip()}]
     turns = _required(message_turns(reply))

@@ -9,13 +9,12 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gemma_grpo.data.chat import prompt_ids, reply_ids
+from gemma_grpo.data.chat import BOS_ID, check_alternation, fold_system, open_model_turn_ids, reply_ids, turn_ids
 from gemma_grpo.data.hh_rlhf import (
     LoadedPairs,
-    UnusableRowError,
     alternates,
     check_text,
     content_hash,
@@ -26,7 +25,8 @@ from gemma_grpo.data.hh_rlhf import (
     row_columns,
     row_source,
 )
-from gemma_grpo.data.sources import DataError, RowSource, open_rows
+from gemma_grpo.data.rejections import Rejections, UnusableRowError
+from gemma_grpo.data.sources import DataError, Rows, RowSource, open_rows
 from gemma_grpo.types import Message, PreferencePair, Prompt
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ class LoadedPrompts:
     rows: int
     dropped: Mapping[str, int]
     """Reason -> rows: not_a_prompt, not_text, empty_prompt, roles_do_not_alternate, last_turn_not_user."""
+    examples: tuple[str, ...] = ()
+    """Where the first three rows of each reason stand: "path:line: reason"."""
 
     @property
     def kept(self) -> int:
@@ -103,37 +105,36 @@ class FittedDialogue:
     """<bos> and the open model turn included."""
 
 
-def load_dataset_rows(source: RowSource, *, name: str | None = None) -> LoadedPairs | LoadedPrompts:
+def load_dataset_rows(source: RowSource, *, name: str | None = None, strict: bool = False) -> LoadedPairs | LoadedPrompts:
     """Rows of any supported source: pairs if they have chosen and rejected, else prompts if they have prompt or messages.
 
-    The first 100 rows decide. Raises DataError, also when no row is usable.
+    The first 100 rows decide. Raises DataError, also when no row is usable, and with `strict` for the first that is not.
     """
-    opened = open_rows(source)
-    first = list(islice(opened.rows, 100))
-    rows = chain(first, opened.rows)
-    loaded: LoadedPairs | LoadedPrompts
-    if any(isinstance(row, PreferencePair) or _has(row, "chosen", "rejected") for row in first):
-        loaded = parse_pairs(rows, fallback_name=opened.name, name=name)
-    else:
-        loaded = parse_prompts(rows, fallback_name=opened.name, name=name)
+    first, opened = open_rows(source).peek(100)
+    are_pairs = any(isinstance(row, PreferencePair) or _has(row, "chosen", "rejected") for row in first)
+    parse = parse_pairs if are_pairs else parse_prompts
+    loaded: LoadedPairs | LoadedPrompts = parse(opened, name=name, strict=strict)
     if not loaded.kept:
         raise DataError(no_usable_row(opened.place, first, loaded.rows, loaded.dropped))
     return loaded
 
 
-def parse_prompts(rows: Iterable[Any], *, fallback_name: str = "dataset", name: str | None = None) -> LoadedPrompts:
+def parse_prompts(rows: Rows | Iterable[Any], *, name: str | None = None, strict: bool = False) -> LoadedPrompts:
     """Rows of a prompt dataset: `prompt` is text, a transcript or role/content messages; `messages` loses its final reply.
 
-    Whatever a row holds, it becomes a prompt or is counted under a reason; further columns are kept for the rewards.
+    Whatever a row holds, it becomes a prompt or is counted under a reason (with `strict`: DataError); further columns are kept for
+    the rewards.
     """
+    opened = rows if isinstance(rows, Rows) else open_rows(rows)
     prompts: list[PromptRow] = []
-    dropped: Counter[str] = Counter()
-    for row in rows:
+    rejections = Rejections(opened, strict=strict)
+    for number, row in opened.numbered:
         try:
-            prompts.append(_parse_prompt(row, fallback_name, name))
-        except UnusableRowError as reason:
-            dropped[str(reason)] += 1
-    return LoadedPrompts(tuple(prompts), len(prompts) + dropped.total(), dict(dropped))
+            prompts.append(_parse_prompt(row, opened.name, name))
+        except UnusableRowError as why:
+            rejections.add(number, why)
+    counts = rejections.counts
+    return LoadedPrompts(tuple(prompts), len(prompts) + counts.total(), dict(counts), tuple(rejections.examples))
 
 
 def build_prompts(items: Iterable[PreferencePair | PromptRow], tokenizer: PreTrainedTokenizerBase, max_prompt_length: int) -> BuiltPrompts:
@@ -188,12 +189,23 @@ def fit_dialogue(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
     the last user turn is too long.
     """
     system, turns = (messages[:1], messages[1:]) if messages and messages[0]["role"] == "system" else ((), messages)
-    for start in range(0, len(turns), 2):  # user turns, as roles alternate
-        kept = (*system, *turns[start:])
-        ids = prompt_ids(tokenizer, kept)
-        if len(ids) <= limit:
-            return FittedDialogue(kept, tuple(ids))
-    return None
+    check_alternation(turns)
+    after = [open_model_turn_ids(tokenizer)]  # of what follows the turn at `start`, the last part first
+    length, longest = 1 + len(after[0]), None
+    # from the right, and no further than fits: each turn is tokenised once, however many there are
+    for start in range(len(turns) - 1, -1, -2):
+        plain = turn_ids(tokenizer, turns[start])
+        opening = turn_ids(tokenizer, *fold_system((*system, turns[start]))) if system else plain
+        if length + len(opening) <= limit:
+            longest = start, opening, len(after)
+        after += [plain, turn_ids(tokenizer, turns[start - 1]) if start else []]
+        length += len(after[-1]) + len(after[-2])
+        if length > limit:
+            break
+    if longest is None:
+        return None
+    start, opening, count = longest
+    return FittedDialogue((*system, *turns[start:]), tuple(chain([BOS_ID], opening, *reversed(after[:count]))))
 
 
 def conversation_id(messages: Sequence[Message]) -> str:

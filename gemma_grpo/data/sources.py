@@ -5,29 +5,27 @@ Owns reading and naming; it does not know what a row means (hh_rlhf.py, prompts.
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from gemma_grpo.access import access_problem, hub_errors
+from gemma_grpo.data.json_files import DataError, json_rows, jsonl_rows
+
+__all__ = ["DataError", "RowSource", "Rows", "describe_columns", "open_rows"]
 
 RowSource: TypeAlias = "str | os.PathLike[str] | Iterable[Any]"
 
 FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 _LFS_HEAD = b"version https://git-lfs"
 _GZIP_HEAD = b"\x1f\x8b"
+_HTML_HEADS = (b"<!doctype html", b"<html")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-class DataError(ValueError):
-    """Data that cannot be used: what is wrong, where, and how to mend it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +36,18 @@ class Rows:
     """Short name of the origin: "harmless-base" for .../harmless-base.dev.jsonl.gz, "hh-rlhf" for Anthropic/hh-rlhf."""
     place: str
     """The origin as an error message names it."""
-    rows: Iterator[Any]
+    numbered: Iterator[tuple[int, Any]]
+    """Each row with its number: its line in a .jsonl file, else counted from 1."""
+    by_line: bool = False
+
+    def where(self, number: int) -> str:
+        """A row's place as an error message names it."""
+        return f"{self.place}:{number}" if self.by_line else f"{self.place}, row {number}"
+
+    def peek(self, count: int) -> tuple[list[Any], Rows]:
+        """The first rows, and all of them to be iterated."""
+        first = list(islice(self.numbered, count))
+        return [row for _, row in first], replace(self, numbered=chain(first, self.numbered))
 
 
 def open_rows(source: RowSource) -> Rows:
@@ -53,14 +62,15 @@ def open_rows(source: RowSource) -> Rows:
             raise DataError("the dataset's name is empty. Give a path, or a Hub id such as Anthropic/hh-rlhf.")
         path = Path(os.path.expanduser(text))
         if os.path.exists(path) or not _looks_like_hub_id(text):
-            return Rows(_file_name(path), str(path), _file_rows(_checked_file(path)))
-        return Rows(text.rpartition("/")[2], f"Hub dataset {text}", _hub_rows(text))
+            by_line = path.name.endswith((".jsonl", ".jsonl.gz"))
+            return Rows(_file_name(path), str(path), _file_rows(_checked_file(path)), by_line)
+        return Rows(text.rpartition("/")[2], f"Hub dataset {text}", enumerate(_hub_rows(text), start=1))
     if isinstance(source, Mapping):
         return open_rows(_one_split(source, "the dataset"))
     if not isinstance(source, Iterable):
         raise DataError(f"the dataset is of type {type(source).__name__}. Give a path, a Hub id, a list of rows or a datasets.Dataset.")
     name = getattr(getattr(source, "info", None), "dataset_name", None) or "dataset"
-    return Rows(str(name), "the given rows", iter(source))
+    return Rows(str(name), "the given rows", enumerate(source, start=1))
 
 
 def describe_columns(rows: Iterable[Any]) -> str:
@@ -111,8 +121,15 @@ def _check_head(path: Path) -> None:
         raise DataError(f"{path} is empty (0 bytes). Download it again.")
     if head.startswith(_LFS_HEAD):
         raise DataError(f"{path} is a Git LFS pointer, not the data. Run `git lfs pull` in its repository.")
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(_HTML_HEADS):
+        raise DataError(
+            f"{path} is a web page (HTML), not the data: what a browser or curl saves where a login is needed. "
+            "Download it again, logged in."
+        )
     if path.suffix == ".gz" and not head.startswith(_GZIP_HEAD):
         raise DataError(f"{path} is named .gz but is not gzip-compressed. Rename it without .gz, or download it again.")
+    if path.suffix != ".gz" and head.startswith(_GZIP_HEAD):
+        raise DataError(f"{path} is gzip-compressed but not named .gz. Rename it to {path.name}.gz.")
 
 
 def _data_files(folder: Path) -> list[str]:
@@ -127,54 +144,12 @@ def _nearest_files(path: Path) -> str:
     return f"Nearest: {', '.join(str(path.parent / name) for name in near)}. " if near else ""
 
 
-def _file_rows(path: Path) -> Iterator[Any]:
+def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:
     if path.suffix == ".parquet":
-        return _parquet_rows(path)
+        return enumerate(_parquet_rows(path), start=1)
     if path.name.endswith((".json", ".json.gz")):
-        return _json_rows(path)
-    return _jsonl_rows(path)
-
-
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
-
-
-def _jsonl_rows(path: Path) -> Iterator[Any]:
-    number = 0
-    with _open(path) as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                text = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
-                if text:
-                    yield _parsed(text, f"{path}:{number}")
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise _broken_gzip(path, f"after line {number}") from error
-
-
-def _json_rows(path: Path) -> Iterator[Any]:
-    with _open(path) as file:
-        try:
-            data = file.read()
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise _broken_gzip(path, "before its end") from error
-    rows = _parsed(data.removeprefix(b"\xef\xbb\xbf"), str(path))
-    if not isinstance(rows, list):
-        raise DataError(f"{path} holds {type(rows).__name__}, expected a list of objects. One object a line belongs in a .jsonl file.")
-    yield from rows
-
-
-def _parsed(data: bytes, where: str) -> Any:
-    try:
-        return json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}). Save the file as UTF-8.") from error
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise DataError(f"{where}: not JSON ({reason}). The file may be cut off: download it again, or mend this line.") from error
-
-
-def _broken_gzip(path: Path, where: str) -> DataError:
-    return DataError(f"{path}: the gzip data breaks off or is damaged {where}. Download it again.")
+        return json_rows(path)
+    return jsonl_rows(path)
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:

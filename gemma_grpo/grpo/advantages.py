@@ -143,8 +143,11 @@ def _std(values: Tensor, counted: Tensor) -> Tensor:
     """Std over the last axis of the counted values, ddof 1; 0 for fewer than two."""
     count = counted.sum(-1, keepdim=True)
     average = torch.where(counted, values, 0.0).sum(-1, keepdim=True) / count.clamp(min=1)
-    squares = torch.where(counted, (values - average) ** 2, 0.0).sum(-1, keepdim=True)
-    return (squares / (count - 1).clamp(min=1)).sqrt()
+    centred = torch.where(counted, values - average, 0.0)
+    # in units of a power of two, which rounds nothing: squares beyond 1e19 are infinite in float32, and all advantages then 0
+    exponent = (torch.frexp(centred.abs().amax(-1, keepdim=True)).exponent - 1).clamp(-126, 126)
+    squares = (torch.ldexp(centred, -exponent) ** 2).sum(-1, keepdim=True)
+    return torch.ldexp((squares / (count - 1).clamp(min=1)).sqrt(), exponent)
 
 
 def _limited(advantages: Tensor, clip: float | None) -> Tensor:

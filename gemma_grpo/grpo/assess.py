@@ -6,7 +6,7 @@ Statistics are evaluation.py's and reward/quality.py's; this file runs the model
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -19,9 +19,12 @@ from gemma_grpo.evaluation import EvaluatedReply, summarise
 from gemma_grpo.grpo.setup import Gold
 from gemma_grpo.grpo.step import reference_logprobs, role_logprobs, sampling_params
 from gemma_grpo.model.gemma import Gemma
+from gemma_grpo.monitor.events import RunDirectory
 from gemma_grpo.reward.base import RewardStack
-from gemma_grpo.reward.generative import GenerativeReward, Judge, Progress, score_pairs, train_reward_adapter
+from gemma_grpo.reward.canaries import canary_report, canary_warning
+from gemma_grpo.reward.generative import GenerativeReward, Judge, score_pairs
 from gemma_grpo.reward.quality import accuracy, quality_report
+from gemma_grpo.reward.training import RewardTraining
 from gemma_grpo.reward.zero_shot import ZeroShotJudge
 from gemma_grpo.rollout.engine import RolloutEngine, SamplingParams
 from gemma_grpo.types import Prompt, RolloutGroup
@@ -40,22 +43,36 @@ def train_and_measure_reward(
     config: GRPOConfig,
     *,
     gold: Callable[[EncodedPair], float] | None = None,
-    progress: Progress | None = None,
+    run: Callable[[RewardTraining], None] = RewardTraining.run,
 ) -> dict[str, Any]:
     """Train the "reward" adapter on the first pairs and say how good it is on the second: the content of calibration.json.
 
-    `gold` gives a pair's true margin where it is known: accuracy against flipped labels cannot exceed 80 % in the miniature.
+    `run` makes the training's updates: who can save and go on gives another. `gold` gives a pair's true margin where it is known:
+    accuracy against flipped labels cannot exceed 80 % in the miniature.
     """
     train, held_out = pairs
     judge = Judge(model)
     zero_shot = score_pairs(judge, held_out, "reference")
-    train_reward_adapter(judge, train, config.reward_model, seed=config.seed, progress=progress)
+    run(RewardTraining(judge, train, config.reward_model, seed=config.seed))
     scores = score_pairs(judge, held_out, "reward")
     report = {"pairs_trained": len(train), **quality_report([pair.pair for pair in held_out], scores, zero_shot)}
     if gold is not None:
         true_margins = torch.tensor([gold(pair) for pair in held_out])
         report["accuracy_against_gold"] = accuracy((scores[:, 0] - scores[:, 1]) * true_margins.sign())
+    report["canaries"] = canary_report(GenerativeReward(model).score, prompts, model.tokenizer)
     return report | reference_rewards(model, engine, prompts[:REFERENCE_PROMPTS], config)
+
+
+def judge_warnings(
+    run: RunDirectory, calibration: Mapping[str, Any], judge: ZeroShotJudge | None, prompts: Sequence[Prompt]
+) -> list[str]:
+    """What is to be said of the judges a run trains with: replies that fool them. The zero-shot judge's report is kept in run.json."""
+    reports = {GenerativeReward.name: calibration.get("canaries", {})}
+    if judge is not None:
+        report = run.read_run().get("canaries") or canary_report(judge.score, prompts, judge.judge.model.tokenizer)
+        run.update_run(canaries=report)
+        reports[judge.name] = report
+    return [text for name, report in reports.items() if (text := canary_warning(name, report)) is not None]
 
 
 def reference_rewards(model: Gemma, engine: RolloutEngine, prompts: Sequence[Prompt], config: GRPOConfig) -> dict[str, float | None]:

@@ -7,23 +7,28 @@ folder is written so that nothing is lost is checkpoint.py's, whether a run may 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gemma_grpo import watchdog
-from gemma_grpo.checkpoint import ROLLOUT, Checkpoint, CheckpointError, save_checkpoint
+from gemma_grpo.checkpoint import ROLLOUT, Checkpoint, CheckpointError, latest_checkpoint, save_checkpoint, sweep
+from gemma_grpo.config import GRPOConfig
+from gemma_grpo.disk import DISK
 from gemma_grpo.grpo.progress import StepUnderWay, from_tensors, to_tensors
+from gemma_grpo.grpo.resuming import origin
 from gemma_grpo.grpo.step import Stepper
 from gemma_grpo.monitor.events import RunDirectory
+from gemma_grpo.reward.training import Progress, RewardTraining
 from gemma_grpo.types import Prompt
 
 
 class Keeper:
     """Saves and restores what `stepper` and its updater have in memory."""
 
-    def __init__(self, run: RunDirectory, stepper: Stepper, origin: Mapping[str, str], keep: int | None) -> None:
-        self.run, self.stepper, self.origin, self.keep = run, stepper, dict(origin), keep
+    def __init__(self, run: RunDirectory, config: GRPOConfig, stepper: Stepper) -> None:
+        self.run, self.stepper, self.keep = run, stepper, config.keep_checkpoints
+        self.origin = origin(run, config, stepper.model.checksums)
         self.saved_step = 0
         """Finished steps in the last checkpoint."""
 
@@ -35,11 +40,10 @@ class Keeper:
             state = {"controllers": controllers, "num_tokens": stepper.num_tokens, "offsets": self.run.offsets(), "origin": self.origin}
             rollout = None
             if under_way is not None:
-                rollout, state["under_way"] = to_tensors(under_way, list(stepper.updater.parameters))
-            policy = stepper.model.adapter_files("policy")
-            path = save_checkpoint(
-                self.run.checkpoints, step, policy=policy, optimizer=optimizer, state=state, rollout=rollout, keep=self.keep
-            )
+                rollout, state["under_way"] = to_tensors(under_way, stepper.model)
+            adapters = {"policy": stepper.model.adapter_files("policy")}
+            folder, options = self.run.checkpoints, {"rollout": rollout, "keep": self.keep}
+            path = save_checkpoint(folder, step, adapters=adapters, optimizer=optimizer, state=state, **options)  # type: ignore[arg-type]
         self.saved_step = step
         self.run.event("checkpoint", step=step, path=path.name, seconds=time.perf_counter() - started, under_way=under_way is not None)
         return path
@@ -71,28 +75,84 @@ class Keeper:
 
         Raises CheckpointError, with nothing taken over, when it is not of this run.
         """
-        self._check_origin(checkpoint)
+        check_origin(checkpoint, self.origin)
         stepper, state = self.stepper, checkpoint.state
         under_way = self._under_way(checkpoint, prompts)
-        stepper.model.load_adapter("policy", checkpoint.policy)
+        stepper.model.load_adapter("policy", checkpoint.adapter("policy"))
         stepper.updater.load(checkpoint.optimizer, state["controllers"])
         self.run.truncate(state["offsets"])
         stepper.num_tokens = state["num_tokens"]
         self.saved_step = checkpoint.step
         return under_way
 
-    def _check_origin(self, checkpoint: Checkpoint) -> None:
-        origin: Mapping[str, Any] = checkpoint.state.get("origin", {})
-        other = [name for name, value in self.origin.items() if origin.get(name) != value]
-        if other:
-            raise CheckpointError(
-                f"{checkpoint.path} is of another run: its {' and '.join(other)} are not this run's. Put this run's own checkpoint back, "
-                "or start a new run in another output_dir."
-            )
-
     def _under_way(self, checkpoint: Checkpoint, prompts: Sequence[Prompt]) -> StepUnderWay | None:
         if not checkpoint.rollout:
             return None
-        model, facts = self.stepper.model, checkpoint.state["under_way"]
-        names, at = list(self.stepper.updater.parameters), {"step": checkpoint.step}
-        return from_tensors(checkpoint.rollout, facts, prompts, names, tokenizer=model.tokenizer, device=model.device, **at)
+        facts = checkpoint.state["under_way"]
+        return from_tensors(checkpoint.rollout, facts, prompts, self.stepper.model, step=checkpoint.step)
+
+
+class RewardKeeper:
+    """Makes the updates of the reward adapter's training, saved now and then and whatever ends them early, and goes on where they ended."""
+
+    def __init__(self, run: RunDirectory, config: GRPOConfig, warn: Callable[[str], None]) -> None:
+        self.run, self.config, self.warn = run, config, warn
+        self.folder = run.reward / "checkpoints"
+
+    def train(self, training: RewardTraining, progress: Progress) -> None:
+        """All updates that are left. Raises what RewardTraining.run does, and CheckpointError."""
+        self._restore(training)
+        saved = training.made
+
+        def after_update(update: int, total: int, loss: float, accuracy: float) -> None:
+            nonlocal saved
+            progress(update, total, loss, accuracy)
+            if self.config.save_steps and update % self.config.save_steps == 0:
+                self._save(training)
+                saved = update
+
+        try:
+            training.run(after_update)
+        except BaseException:
+            if training.made > saved:
+                self._save(training)
+            raise
+
+    def _restore(self, training: RewardTraining) -> None:
+        sweep(self.folder)
+        checkpoint, damaged = latest_checkpoint(self.folder)
+        for text in damaged:
+            self.warn(f"{text}; using {checkpoint.path.name if checkpoint else 'none'}")
+        if checkpoint is None:
+            return
+        check_origin(checkpoint, self._origin(training))
+        training.judge.model.load_adapter("reward", checkpoint.adapter("reward"))
+        training.load(checkpoint.step, checkpoint.optimizer, checkpoint.state["controllers"])
+        self.warn(f"the reward adapter's training goes on after update {training.made} of {training.updates}")
+
+    def _save(self, training: RewardTraining) -> None:
+        with watchdog.phase("saving", f"update {training.made} of the reward adapter"):
+            optimizer, controllers = training.state()
+            adapters = {"reward": training.judge.model.adapter_files("reward")}
+            state = {"controllers": controllers, "origin": self._origin(training)}
+            keep = self.config.keep_checkpoints
+            save_checkpoint(self.folder, training.made, adapters=adapters, optimizer=optimizer, state=state, keep=keep)
+
+    def _origin(self, training: RewardTraining) -> dict[str, str]:
+        return origin(self.run, self.config, training.judge.model.checksums)
+
+    def done(self) -> None:
+        """The adapter is written and measured: its checkpoints are no longer needed."""
+        if self.folder.is_dir():
+            DISK.remove(self.folder)
+
+
+def check_origin(checkpoint: Checkpoint, expected: Mapping[str, str]) -> None:
+    """Raise CheckpointError unless the checkpoint is of this base, these data and these settings."""
+    found: Mapping[str, Any] = checkpoint.state.get("origin", {})
+    other = [name for name, value in expected.items() if found.get(name) != value]
+    if other:
+        raise CheckpointError(
+            f"{checkpoint.path} is of another run: its {' and '.join(other)} are not this run's. Put this run's own checkpoint back, "
+            "or start a new run in another output_dir."
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from gemma_grpo.data.sources import DataError
 from gemma_grpo.grpo.resuming import environment, fingerprint
 from gemma_grpo.grpo.setup import Rows, TrainingData
 from gemma_grpo.model.precision import default_device, has_native_bf16
+from gemma_grpo.monitor.events import next_run_path
 from gemma_grpo.planner import Plan, PreflightError, find_shape, plan_run
 
 
@@ -97,6 +99,13 @@ def run_info(config: GRPOConfig, data: TrainingData, precision: Mapping[str, Any
         "precision": precision,
         "plan": plan.to_dict(),
     }
+
+
+def run_path(config: GRPOConfig) -> Path:
+    """output_dir, or else a new name within runs/ made of the model's and the dataset's: whatever these hold, never a place outside."""
+    if config.output_dir:
+        return Path(config.output_dir)
+    return next_run_path("runs", f"{config.model_name.rstrip('/').rpartition('/')[2]}-{Path(config.dataset).name.partition('.')[0]}")
 
 
 def bytes_to_write(config: GRPOConfig, adapter_bytes: int, steps: int) -> int:

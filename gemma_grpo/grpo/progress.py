@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from gemma_grpo.data.batch import PolicyBatch, pad_rollouts, pad_values
 from gemma_grpo.data.chat import reply_text
+from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.reward.base import Scores, StackScores
 from gemma_grpo.types import Completion, Prompt, RolloutGroup
 
@@ -67,8 +67,8 @@ def rollout_batch(groups: Sequence[RolloutGroup], advantages: Tensor, ref_logpro
 # ---- as tensors
 
 
-def to_tensors(under_way: StepUnderWay, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The step as tensors, and what a tensor cannot hold as JSON values; `names` are those of the parameters, for their gradients."""
+def to_tensors(under_way: StepUnderWay, model: Gemma) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The step as tensors, and what a tensor cannot hold as JSON values."""
     groups = under_way.groups
     batch = pad_rollouts(groups)
     sampled = [[completion.sampling_logprobs for completion in group.completions] for group in groups]
@@ -82,9 +82,11 @@ def to_tensors(under_way: StepUnderWay, names: Sequence[str]) -> tuple[dict[str,
     facts: dict[str, Any] = {"prompts": [group.prompt.prompt_id for group in groups]}
     if under_way.scores is not None and under_way.batch is not None:
         tensors |= _scored_tensors(under_way.scores, under_way.batch)
-        facts["parts"] = list(under_way.scores.parts)
+        facts |= {"parts": list(under_way.scores.parts), "skipped": dict(under_way.scores.skipped)}
+        facts["warnings"] = list(under_way.scores.warnings)
     if under_way.passes is not None:
         made = under_way.passes
+        names = model.adapter_parameters("policy")
         tensors |= {f"gradient/{name}": part for name, part in zip(names, made.gradient, strict=True)}
         tensors["old_logprobs"] = made.old_logprobs
         # as hex: exact, and JSON has no NaN
@@ -97,14 +99,7 @@ _NUMBERS = ("numbers", "first", "last")
 
 
 def from_tensors(
-    tensors: Mapping[str, Tensor],
-    facts: Mapping[str, Any],
-    prompts: Sequence[Prompt],
-    names: Sequence[str],
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    step: int,
+    tensors: Mapping[str, Tensor], facts: Mapping[str, Any], prompts: Sequence[Prompt], model: Gemma, *, step: int
 ) -> StepUnderWay:
     """What to_tensors was given; `prompts` are the step's. Raises ValueError when the rollout was sampled for others."""
     if list(facts["prompts"]) != [prompt.prompt_id for prompt in prompts]:
@@ -112,16 +107,17 @@ def from_tensors(
             f"the rollout kept for step {step + 1} was sampled for other prompts than this run has there. "
             "Restore the data it began with, or start a new run in another output_dir."
         )
-    groups = _groups(tensors, prompts, tokenizer, step)
+    groups, device = _groups(tensors, prompts, model, step), model.device
     under_way = StepUnderWay(groups)
     if "parts" in facts:
-        scores = StackScores(_unscored_as_none(tensors["rewards"]), _parts(tensors["parts"], facts["parts"]))
+        parts = _parts(tensors["parts"], facts["parts"])
+        scores = StackScores(_unscored_as_none(tensors["rewards"]), parts, facts["skipped"], tuple(facts["warnings"]))
         ref = tensors.get("ref_logprobs")
         batch = rollout_batch(groups, tensors["advantages"].to(device), None if ref is None else ref.to(device))
         under_way = replace(under_way, scores=scores, batch=batch)
     if "passes" in facts:
         numbers = {part: {name: float.fromhex(text) for name, text in facts["passes"][part].items()} for part in _NUMBERS}
-        gradient = [tensors[f"gradient/{name}"].to(device) for name in names]
+        gradient = [tensors[f"gradient/{name}"].to(device) for name in model.adapter_parameters("policy")]
         passes = PassesMade(int(facts["count"]), gradient, tensors["old_logprobs"].to(device), **numbers)
         under_way = replace(under_way, passes=passes)
     return under_way
@@ -146,19 +142,15 @@ def _parts(values: Tensor, names: Sequence[str]) -> dict[str, Scores]:
     return {name: _unscored_as_none(part) for name, part in zip(names, values, strict=True)}
 
 
-def _groups(
-    tensors: Mapping[str, Tensor], prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, step: int
-) -> list[RolloutGroup]:
+def _groups(tensors: Mapping[str, Tensor], prompts: Sequence[Prompt], model: Gemma, step: int) -> list[RolloutGroup]:
     columns = ("completion_ids", "completion_lengths", "sampling_logprobs", "stopped")
     rows = zip(prompts, *(tensors[name].tolist() for name in columns), strict=True)
     return [
-        RolloutGroup(prompt, tuple(_completion(*one, tokenizer) for one in zip(ids, lengths, logprobs, stopped, strict=True)), step)
+        RolloutGroup(prompt, tuple(_completion(*one, model) for one in zip(ids, lengths, logprobs, stopped, strict=True)), step)
         for prompt, ids, lengths, logprobs, stopped in rows
     ]
 
 
-def _completion(
-    ids: Sequence[int], length: int, logprobs: Sequence[float], stopped: bool, tokenizer: PreTrainedTokenizerBase
-) -> Completion:
+def _completion(ids: Sequence[int], length: int, logprobs: Sequence[float], stopped: bool, model: Gemma) -> Completion:
     tokens = tuple(ids[:length])
-    return Completion(reply_text(tokenizer, tokens), tokens, tuple(logprobs[:length]), "stop" if stopped else "length")
+    return Completion(reply_text(model.tokenizer, tokens), tokens, tuple(logprobs[:length]), "stop" if stopped else "length")

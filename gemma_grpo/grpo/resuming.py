@@ -23,7 +23,10 @@ from gemma_grpo.model.precision import default_device
 from gemma_grpo.monitor.durable import write_atomically
 from gemma_grpo.monitor.events import RunDirectory
 
-MAY_CHANGE = ("epochs", "max_steps", "max_minutes", "save_steps", "keep_checkpoints", "evaluation.", "memory.", "watchdog.")
+MAY_CHANGE = (
+    *("epochs", "max_steps", "max_minutes", "save_steps", "keep_checkpoints"),
+    *("evaluation.", "memory.", "watchdog.", "reward_function."),
+)
 """Settings that leave the steps already made as they are; a dot at the end stands for a whole section."""
 
 BASE = "base.json"
@@ -89,12 +92,12 @@ def fingerprint(data: TrainingData) -> str:
     return digest.hexdigest()
 
 
-def origin(config: GRPOConfig, data: str, checksums: Mapping[str, str]) -> dict[str, str]:
-    """What a checkpoint is of, each as a SHA-256: the data (their fingerprint), the base, and the settings that may not change."""
+def origin(run: RunDirectory, config: GRPOConfig, checksums: Mapping[str, str]) -> dict[str, str]:
+    """What a run's checkpoints are of, each as a SHA-256: the data, the base, and the settings that may not change."""
     settings = {name: value for name, value in _settings(config).items() if not name.startswith(MAY_CHANGE)}
     hashed = {"settings": settings, "base": dict(checksums)}
     digests = {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for name, value in hashed.items()}
-    return {"data": data, **digests}
+    return {"data": str(run.read_run().get("fingerprint")), **digests}
 
 
 def environment() -> dict[str, Any]:

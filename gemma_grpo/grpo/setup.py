@@ -20,6 +20,7 @@ from gemma_grpo.data.prompts import (
 from gemma_grpo.data.sources import DataError
 from gemma_grpo.miniature.world import gold_score, sample_pairs
 from gemma_grpo.model.gemma import Gemma
+from gemma_grpo.reward.allowed_code import CodeFile, own_functions
 from gemma_grpo.reward.base import Reward, RewardStack, WeightedReward, unknown_reward
 from gemma_grpo.reward.functions import FunctionReward
 from gemma_grpo.reward.generative import GenerativeReward, Judge
@@ -30,10 +31,12 @@ from gemma_grpo.types import Prompt
 
 Rows: TypeAlias = "LoadedPairs | LoadedPrompts"
 Gold: TypeAlias = Callable[[Prompt, str], float]
+Functions: TypeAlias = Mapping[str, Callable[..., Any]]
 
 DEFAULT_REWARD = {"generative": 1.0, "overlong": 0.5, "repetition": 0.5, "empty": 1.0, "role_leak": 1.0}
 """The trained judge, shaped, and small bounded rules against text that is no reply at all (docs/method.md, rewards)."""
 TRAINED, ZERO_SHOT = "generative", "judge"
+BUILT_IN = (*RULES, TRAINED, ZERO_SHOT)
 MINIATURE = "miniature"
 MINIATURE_PAIRS, MINIATURE_SEED = 4000, 0
 
@@ -50,11 +53,11 @@ class TrainingData:
     """What was read, kept and dropped, and why: shown, and kept in run.json."""
 
 
-def load_rows(dataset: Any, source_name: str | None) -> Rows:
-    """Parsed rows of a dataset by name, path or value; "miniature" is the shipped world. Raises DataError."""
+def load_rows(dataset: Any, source_name: str | None, *, strict: bool = False) -> Rows:
+    """Parsed rows of a dataset by name, path or value; "miniature" is the shipped world. Raises DataError, if `strict` for any bad row."""
     if dataset == MINIATURE:
         return load_hh_rlhf(sample_pairs(MINIATURE_SEED, MINIATURE_PAIRS), name=source_name or MINIATURE)
-    return load_dataset_rows(dataset, name=source_name)
+    return load_dataset_rows(dataset, name=source_name, strict=strict)
 
 
 def known_gold(dataset: Any) -> Gold | None:
@@ -83,7 +86,7 @@ def build_training_data(rows: Rows, model: Gemma, config: GRPOConfig) -> Trainin
     built = build_prompts(items, model.tokenizer, config.max_prompt_length)
     train, held_out = split_by_conversation(built.prompts, lambda prompt: prompt.conversation_id, config.data.holdout)
     pairs, counts = _build_pairs(rows, model, config)
-    counts |= {"rows": rows.rows, "kept": rows.kept, "dropped": dict(rows.dropped)}
+    counts |= {"rows": rows.rows, "kept": rows.kept, "dropped": dict(rows.dropped), "examples": list(rows.examples)}
     counts |= {"prompts": len(built.prompts), "prompts_dropped": dict(built.dropped), "prompts_shortened": built.shortened}
     if not train:
         raise DataError(
@@ -108,18 +111,43 @@ def _build_pairs(
     return (train, held_out), counts | {"pairs_shortened": encoded.shortened}
 
 
-def reward_weights(reward: Any, config: GRPOConfig) -> dict[str, float]:
-    """Name -> weight of the rewards a run uses; functions given in Python are named after themselves.
+def functions_of(code: CodeFile, config: GRPOConfig) -> Functions:
+    """The functions that the settings' rewards name, of a file the user allowed. Runs the file; raises ValueError."""
+    return own_functions(code, config.reward or DEFAULT_REWARD, BUILT_IN)
 
-    Raises ValueError for a name nobody knows, with the nearest one.
+
+def given_functions(reward: Any, functions: Functions | None) -> Any:
+    """A function given as the reward, or functions by name. Raises ValueError for both: the second would count for nothing."""
+    if callable(reward) and functions:
+        raise ValueError("reward is a function itself, so reward_functions is not used. Name it there, and give weights in reward.")
+    return reward if callable(reward) else functions
+
+
+def reward_weights(reward: Any, config: GRPOConfig) -> dict[str, float]:
+    """Name -> weight of the rewards a run uses. `reward` is a function, named after itself, a name, functions by name, or None.
+
+    Raises ValueError for a name nobody knows, with the nearest one, for a function without a weight or named like a built-in reward, and
+    for one that cannot be called as the settings ask.
     """
     if callable(reward):
-        return {FunctionReward(reward).name: 1.0}
-    weights = {reward: 1.0} if isinstance(reward, str) else dict(reward or config.reward or DEFAULT_REWARD)
+        return {FunctionReward(reward, settings=config.reward_function).name: 1.0}
+    functions = _functions(reward)
+    weights = {reward: 1.0} if isinstance(reward, str) else dict(config.reward or DEFAULT_REWARD)
+    for name, function in functions.items():
+        FunctionReward(function, name, settings=config.reward_function)
+        if name in BUILT_IN:
+            raise ValueError(f"reward_functions has {name!r}, which is the name of a built-in reward. Give the function another name.")
+        if name not in weights:
+            raise ValueError(f"reward_functions has {name!r}, which `reward` gives no weight. Add it there, such as {{{name!r}: 1.0}}.")
     for name in weights:
-        if name not in RULES and name not in (TRAINED, ZERO_SHOT):
-            raise unknown_reward(name, [*RULES, TRAINED, ZERO_SHOT])
+        if name not in BUILT_IN and name not in functions:
+            own = "A function of your own needs --allow-code FILE on the command line, reward_functions={name: function} in Python."
+            raise ValueError(f"{unknown_reward(name, [*BUILT_IN, *functions])} {own}")
     return weights
+
+
+def _functions(reward: Any) -> Functions:
+    return reward if isinstance(reward, Mapping) else {}
 
 
 def zero_shot_judge(reward: Any, weights: Mapping[str, float], model: Gemma) -> ZeroShotJudge | None:
@@ -140,9 +168,12 @@ def build_reward_stack(
     `judge` is the zero-shot judge to use, where others ask it too.
     """
     if callable(reward):
-        return RewardStack([WeightedReward(FunctionReward(reward))])
-    parts = []
+        return RewardStack([WeightedReward(FunctionReward(reward, settings=config.reward_function))])
+    parts, functions = [], _functions(reward)
     for name, weight in weights.items():
+        if name in functions:
+            parts.append(WeightedReward(FunctionReward(functions[name], name, settings=config.reward_function), weight))
+            continue
         if name in RULES:
             parts.append(WeightedReward(build_rules([name], config.max_completion_length)[0], weight))
             continue

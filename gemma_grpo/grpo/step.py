@@ -55,6 +55,8 @@ class Stepper:
         """Completion tokens learned from so far."""
         self.under_way: StepUnderWay | None = None
         """What the step had that was broken off last; None between steps."""
+        self.reward_warnings: tuple[str, ...] = ()
+        """What the rewards of the last step skipped, in sentences."""
         self._doing = ""
 
     def train_step(
@@ -75,7 +77,7 @@ class Stepper:
             except BaseException:
                 self.under_way = replace(now, passes=self.updater.passes)
                 raise
-        self.under_way = None
+        self.under_way, self.reward_warnings = None, scores.warnings
         self.num_tokens += int(batch.completion_mask.sum())
         measured = {**reward_metrics(scores), **length_metrics(groups), **metrics, "num_tokens": float(self.num_tokens)}
         return StepRecord(step + 1, seconds, measured), scored_groups(groups, scores, batch.advantages)
@@ -215,7 +217,7 @@ def scored_groups(groups: Sequence[RolloutGroup], scores: StackScores, advantage
 
 
 def reward_metrics(scores: StackScores) -> dict[str, float]:
-    """Mean, within-group spread and coverage of the rewards; mean and std of each raw part."""
+    """Mean, within-group spread and coverage of the rewards; mean and std of each raw part, and what it skipped where it may."""
     rewards = as_tensor(scores.rewards)
     spreads = [statistics.stdev(row) for row in ([v for v in values if v is not None] for values in scores.rewards) if len(row) > 1]
     metrics = {
@@ -231,6 +233,7 @@ def reward_metrics(scores: StackScores) -> dict[str, float]:
         if values:
             metrics[f"rewards/{name}/mean"] = statistics.fmean(values)
             metrics[f"rewards/{name}/std"] = statistics.pstdev(values)
+    metrics |= {f"rewards/{name}/skipped": float(count) for name, count in scores.skipped.items()}
     return metrics
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from gemma_grpo.checkpoint import Checkpoint, saving
 from gemma_grpo.config import GRPOConfig, build_config, dump_recipe, load_recipe
 from gemma_grpo.data.prompts import order
 from gemma_grpo.grpo import preflight, resuming
-from gemma_grpo.grpo.assess import evaluate_policy, train_and_measure_reward
+from gemma_grpo.grpo.assess import evaluate_policy, judge_warnings, train_and_measure_reward
 from gemma_grpo.grpo.explain import CUT_OFF_STEPS, NoSignalError, never_stops, no_signal, step_warnings
-from gemma_grpo.grpo.keeping import Keeper
+from gemma_grpo.grpo.keeping import Keeper, RewardKeeper
 from gemma_grpo.grpo.progress import StepUnderWay
 from gemma_grpo.grpo.setup import (
     TRAINED,
@@ -29,6 +30,7 @@ from gemma_grpo.grpo.setup import (
     Rows,
     build_reward_stack,
     build_training_data,
+    given_functions,
     gold_margin,
     known_gold,
     load_rows,
@@ -39,7 +41,7 @@ from gemma_grpo.grpo.step import Stepper
 from gemma_grpo.grpo.update import PolicyUpdater
 from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.model.memory import TokenBudget, release
-from gemma_grpo.monitor.events import RunDirectory, next_run_path
+from gemma_grpo.monitor.events import RunDirectory
 from gemma_grpo.monitor.terminal import ProgressView
 from gemma_grpo.planner import Plan, find_shape
 from gemma_grpo.profile.recorder import PROFILE, PhaseWork, Profiler
@@ -57,32 +59,34 @@ class GRPOTrainer:
     """Fine-tunes a Gemma 3 on preferences: `GRPOTrainer(model_name=..., dataset=...).train()`.
 
     Every setting of GRPOConfig is a keyword, nested ones as a mapping or dotted ("kl.beta"). `dataset` may also be rows or a
-    datasets.Dataset; `reward` also a function f(prompts, completions, **columns) -> list of float or None. Wrong settings raise
-    ConfigError at once, all of them together.
+    datasets.Dataset; `reward` also a function f(prompts, completions, **columns) -> list of float or None, or weights of names that
+    `reward_functions` maps to such functions. Wrong settings raise ConfigError at once, all of them together.
     """
 
     def __init__(
-        self, model_name: str | None = None, dataset: Any = None, reward: Any = None, *, view: Any = None, **settings: Any
+        self, model_name: str | None = None, dataset: Any = None, reward: Any = None, *, reward_functions: Any = None, view: Any = None,
+        **settings: Any,
     ) -> None:
         named: dict[str, Any] = {"model_name": model_name, "dataset": dataset if isinstance(dataset, str | None) else GIVEN_ROWS}
         named["reward"] = reward if isinstance(reward, Mapping) else {reward: 1.0} if isinstance(reward, str) else None
         given = {name: value for name, value in named.items() if value is not None}
-        self._set_up(
-            build_config({**settings, **given}), dataset if dataset is not None else None, reward if callable(reward) else None, view
-        )
+        self._set_up(build_config({**settings, **given}), dataset, given_functions(reward, reward_functions), view)
 
     @classmethod
-    def from_recipe(cls, path: str | Path, overrides: Mapping[str, Any] | None = None, *, view: Any = None, **settings: Any) -> GRPOTrainer:
+    def from_recipe(
+        cls, path: str | Path, overrides: Mapping[str, Any] | None = None, *, reward_functions: Any = None, view: Any = None,
+        **settings: Any,
+    ) -> GRPOTrainer:
         """A trainer with a recipe's settings, some of them overridden."""
         trainer = cls.__new__(cls)
-        trainer._set_up(load_recipe(path, {**(overrides or {}), **settings}), None, None, view)
+        trainer._set_up(load_recipe(path, {**(overrides or {}), **settings}), None, reward_functions, view)
         return trainer
 
     @classmethod
-    def from_run(cls, run_dir: str | Path, *, view: Any = None) -> GRPOTrainer:
+    def from_run(cls, run_dir: str | Path, *, reward_functions: Any = None, view: Any = None) -> GRPOTrainer:
         """The trainer of an existing run, to evaluate or use it; its final adapter is loaded."""
         run = RunDirectory.open(run_dir)
-        trainer = cls.from_recipe(run.recipe, {"output_dir": str(run_dir)}, view=view)
+        trainer = cls.from_recipe(run.recipe, {"output_dir": str(run_dir)}, view=view, reward_functions=reward_functions)
         trainer._run = run
         trainer._prepare(force=True)  # what it trained with need not fit where it is only used
         trainer.model.load_adapter("policy", run.adapter)
@@ -94,7 +98,8 @@ class GRPOTrainer:
         self.config = config
         self.view = view if view is not None else ProgressView()
         self._dataset = config.dataset if dataset is None else dataset
-        self._function = reward
+        self._function = reward  # or functions by name
+        self.code: dict[str, Any] = {}  # for run.json: the file that functions by name came from, and its hash
         self.weights = reward_weights(reward, config)
         self._run: RunDirectory | None = None
         self._rows: Rows | None = None
@@ -108,7 +113,7 @@ class GRPOTrainer:
 
     def plan(self, card: str | None = None) -> Plan:
         """What this run will hold in memory, phase by phase, and whether it fits here or on a named card such as "t4"; loads no model."""
-        rewards = {*(() if self._function else self.weights), *((TRAINED,) if self._for_reward_alone else ())}
+        rewards = {*(() if callable(self._function) else self.weights), *((TRAINED,) if self._for_reward_alone else ())}
         recorded = {} if self._run is None else self._run.read_run().get("plan", {})
         num_prompts = len(self.data.prompts) if self._prepared else None
         return replace(preflight.plan_for(self.config, rewards, recorded, card), num_prompts=num_prompts)
@@ -133,6 +138,7 @@ class GRPOTrainer:
             elif TRAINED in self.weights and not self._calibration:
                 self._train_reward()
             self._build_rewards()
+            self._warn(*judge_warnings(self.run, self._calibration, self.stepper.judge, self.data.held_out_prompts or self.data.prompts))
             if resume_from_checkpoint:
                 self._go_on_from(checkpoint)
             self._loop()
@@ -192,12 +198,10 @@ class GRPOTrainer:
         while self.step < self.total_steps and not hard_stop.reached and not signal.lost:
             record, scored = self._step_or_save()
             self.step += 1
-            self.run.append_metrics(record)
-            self.run.append_samples(record.step, scored)
-            self.run.event("step_time", step=record.step, seconds=dict(record.seconds))
+            self.run.append_step(record, scored)
             self.view.step(record, self.total_steps, group=scored[0])
             last = self.run.last_metrics(CUT_OFF_STEPS + 1)  # of the log, which a resumed run has too
-            self._warn(*step_warnings(record, self.config, counted), *never_stops(last, self.config))
+            self._warn(*step_warnings(record, self.config, counted), *never_stops(last, self.config), *self.stepper.reward_warnings)
             counted = self.updater.counted
             signal.update(record.metrics["frac_reward_zero_std"])
             if self.updater.over_budget():
@@ -240,7 +244,7 @@ class GRPOTrainer:
         if started is None:
             yield
             return
-        judges = {name: name == TRAINED for name in (TRAINED, ZERO_SHOT) if name in self.weights and not self._function}
+        judges = {name: name == TRAINED for name in (TRAINED, ZERO_SHOT) if name in self.weights and not callable(self._function)}
         work = PhaseWork(self.model, find_shape(self.config.model_name), self.config, judges)
         self._profiler = Profiler(self.model, work, started)
         try:
@@ -280,14 +284,12 @@ class GRPOTrainer:
         self._read_rows(force=force or resume)  # a run that goes on is planned with what it recorded
         if resume:
             self._run, notes = resuming.opened_run(config)
-            self._run.update_run(status="running", ended=None, error=None)
+            self._run.update_run(status="running", ended=None, error=None, **self.code)
             self._warn(*notes)
             return
-        stem = f"{config.model_name.rstrip('/').rpartition('/')[2]}-{Path(config.dataset).name.partition('.')[0]}"
-        path = Path(config.output_dir) if config.output_dir else next_run_path("runs", stem)
-        RunDirectory.check(path)
+        RunDirectory.check(path := preflight.run_path(config))
         self._prepare(force=force)
-        info = preflight.run_info(config, self.data, self.precision, self.plan())
+        info = preflight.run_info(config, self.data, self.precision, self.plan()) | self.code
         adapter = sum(weight.numel() * weight.element_size() for weight in self.model.adapter_parameters("policy").values())
         needed = preflight.bytes_to_write(config, adapter, 0 if self._for_reward_alone else self.total_steps)
         self._run = RunDirectory.create(path, dump_recipe(config), info, needed_bytes=needed)
@@ -331,7 +333,7 @@ class GRPOTrainer:
         if self._rows is None:
             if self.config.model_name in known_shapes():
                 preflight.refuse_unless_it_fits(self.plan(), force=force)
-            self._rows = load_rows(self._dataset, self.config.data.source)
+            self._rows = load_rows(self._dataset, self.config.data.source, strict=self.config.data.strict)
         return self._rows
 
     @property
@@ -349,14 +351,16 @@ class GRPOTrainer:
             return self._calibration
         self.view.phase("reward adapter", f"no reward given: training one on {len(self.data.pairs)} preference pairs")
         started = time.perf_counter()
-        data, watched = self.data, {"gold": gold_margin(self._dataset), "progress": self._reward_progress}
+        data, gold, keeper = self.data, gold_margin(self._dataset), RewardKeeper(self.run, self.config, self._warn)
         pairs, prompts = (data.pairs, data.held_out_pairs), data.held_out_prompts or data.prompts
+        run = partial(keeper.train, progress=self._reward_progress)
         with watchdog.phase("reward training", f"{len(data.pairs)} pairs"):
-            self._calibration = train_and_measure_reward(self.model, self.engine, pairs, prompts, self.config, **watched)  # type: ignore[arg-type]
+            self._calibration = train_and_measure_reward(self.model, self.engine, pairs, prompts, self.config, gold=gold, run=run)
         release(self.model.device)
         with saving(self.run.reward):
             self.model.save_adapter("reward", self.run.reward)
         self.run.write_json(f"reward/{CALIBRATION}", self._calibration)
+        keeper.done()
         self.run.event("phase", name="reward adapter", seconds=time.perf_counter() - started)
         return self._calibration
 
@@ -381,8 +385,7 @@ class GRPOTrainer:
         self.rewards = build_reward_stack(self._function, self.weights, self.model, self.config, mean, judge=judge)
         clock = self._profiler.clock if self._profiler else time.perf_counter
         self.stepper = Stepper(self.model, self.engine, self.rewards, self.updater, self.config, judge=judge, clock=clock)
-        origin = resuming.origin(self.config, resuming.fingerprint(self.data), self.model.checksums)
-        self.keeper = Keeper(self.run, self.stepper, origin, self.config.keep_checkpoints)
+        self.keeper = Keeper(self.run, self.config, self.stepper)
 
     def _go_on_from(self, checkpoint: Checkpoint | None) -> None:
         self._warn(*resuming.differences(self.run))

@@ -19,10 +19,10 @@ from gemma_grpo.config import GRPOConfig
 from gemma_grpo.data.batch import PolicyBatch, WeightedBatch
 from gemma_grpo.grpo.control import AdaptiveBeta, AdaptiveEntropy, Controller, HardStop, Signal, SpikeGuard, StepLimit
 from gemma_grpo.grpo.loss import KL_ESTIMATORS, POLICY_LOSSES, policy_objective, sampler_weights, step_kl, token_weights
-from gemma_grpo.grpo.optimizer import PolicyOptimizer, Snapshot
 from gemma_grpo.grpo.progress import PassesMade
 from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.model.logprobs import completion_logprobs
+from gemma_grpo.model.optimizer import AdapterOptimizer, Snapshot
 from gemma_grpo.model.precision import LossScale
 
 Gradient = list[Tensor]
@@ -47,7 +47,9 @@ class PolicyUpdater:
         self.model, self.config = model, config
         self.total_updates = max(1, total_steps * config.planning_steps)
         self.parameters = model.adapter_parameters("policy")
-        self.optimizer = PolicyOptimizer(self.parameters, config.optimizer, config.learning_rate)
+        settings = config.optimizer
+        adamw = {"betas": (settings.beta1, settings.beta2), "eps": settings.eps, "weight_decay": settings.weight_decay}
+        self.optimizer = AdapterOptimizer(self.parameters, **adamw)  # type: ignore[arg-type]
         kl, entropy = config.kl, config.entropy
         target = None if kl.placement == "off" else kl.ref_target
         self.beta = AdaptiveBeta(kl.beta if kl.placement != "off" else 0.0, target=target, minimum=kl.beta_min, maximum=kl.beta_max)

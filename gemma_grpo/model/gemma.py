@@ -25,7 +25,7 @@ from gemma_grpo.data.batch import pad_groups
 from gemma_grpo.data.chat import BOS_ID, END_OF_TURN_ID, START_OF_TURN_ID
 from gemma_grpo.model.adapters import adapter_files, one_line, read_adapter, write_adapter
 from gemma_grpo.model.attention import ATTENTION_NAME, GroupLayout
-from gemma_grpo.model.loading import check_tokenizer_files, empty_decoder, fill_decoder
+from gemma_grpo.model.loading import check_tokenizer_files, check_weight_files, empty_decoder, fill_decoder
 from gemma_grpo.model.memory import TokenBudget, explaining_exhaustion
 from gemma_grpo.model.precision import base_dtype, choose_divisor, default_device, float32_logits, rescale_residual
 from gemma_grpo.model.quantization import Quantizer
@@ -87,6 +87,7 @@ class Gemma:
         base = empty_decoder(folder)  # before gigabytes of something else are fetched
         check_tokenizer_files(folder)
         folder = checkpoint_folder(name)
+        check_weight_files(folder)
         tokenizer = _load_tokenizer(folder)
         _check_tokenizer(tokenizer, name)
         with explaining_exhaustion(f"out of memory on {device} while loading {name}. {_ROOM}"):

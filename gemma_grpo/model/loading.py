@@ -34,6 +34,7 @@ whose holes cost a sixth of a 1b model (measured)."""
 _DECODER = re.compile(r"^(?:language_model\.model\.|model\.language_model\.|language_model\.|model\.)(?=embed_tokens\.|layers\.|norm\.)")
 _HEAD = re.compile(r"^(?:language_model\.)?lm_head\.weight$")
 _VISION = re.compile(r"^(?:model\.)?(?:vision_tower|multi_modal_projector)\.")
+_OWN_CODE = ("auto_map", "custom_pipelines")
 _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -127,7 +128,8 @@ def _decoder_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> d
         name = "lm_head.weight" if _HEAD.match(tensor.key) else _DECODER.sub("model.", tensor.key)
         if name in expected:
             if name in found:
-                raise ValueError(f"{folder} holds {name} twice, as {found[name].key} and {tensor.key}. Keep one layout.")
+                both = " and ".join(f"{one.key} in {one.file.name}" for one in (found[name], tensor))
+                raise ValueError(f"{folder} holds {name} twice, as {both}. Keep one layout.")
             found[name] = tensor
         elif name != "lm_head.weight" and not _VISION.match(tensor.key):  # a tied head may be stored: it is the embedding
             strangers.append(tensor.key)
@@ -155,6 +157,11 @@ def _headers(folder: Path) -> Iterator[StoredTensor]:
                 if part.get_dtype() not in _STORED:
                     raise ValueError(f"{file}: {key} is stored as {part.get_dtype()}; F32, F16 and BF16 are read. Save it as bfloat16.")
                 yield StoredTensor(file, key, tuple(part.get_shape()), _STORED[part.get_dtype()])
+
+
+def check_weight_files(folder: Path) -> None:
+    """Raises ValueError unless the weights are safetensors files of the folder itself. Reads none of them."""
+    _weight_files(folder)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -236,7 +243,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path.parent} has no {path.name}: it is no checkpoint folder. Give a hub id or a checkpoint.") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}). Download the checkpoint again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object. Download the checkpoint again.")
@@ -244,8 +251,25 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _refuse_own_code(path: Path, content: Mapping[str, Any]) -> None:
-    if content.get("auto_map"):
-        raise ValueError(f"{path} asks for code of its own (auto_map), which is never run. Use a plain Gemma 3 checkpoint.")
+    """Raise ValueError for what makes the library run code that is not its own, at any depth: the checkpoint's, or a kernel of the Hub."""
+    for key, value in content.items():
+        if key in _OWN_CODE and value:
+            raise ValueError(f"{path} asks for code of its own ({key}), which is never run. Use a plain Gemma 3 checkpoint.")
+        if ("implementation" in key or "kernel" in key) and (name := _from_elsewhere(value)) is not None:
+            raise ValueError(
+                f"{path} asks for code from elsewhere ({key}: {name!r}), which is never fetched or run. Use a plain Gemma 3 checkpoint."
+            )
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, dict):
+                _refuse_own_code(path, inner)
+
+
+def _from_elsewhere(value: Any) -> str | None:
+    """A text in the value that is more than a word, such as "owner/kernel@revision:function"."""
+    if isinstance(value, str):
+        return None if re.fullmatch(r"\w*", value) else value
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((name for item in inner if (name := _from_elsewhere(item)) is not None), None)
 
 
 def _first(names: list[str], limit: int = 3) -> str:

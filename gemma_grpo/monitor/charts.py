@@ -23,7 +23,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from gemma_grpo.monitor.escapes import visible
+from gemma_grpo.escapes import visible
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # blue, orange, green, purple
 _INK = "#010203"

@@ -22,6 +22,7 @@ from typing import Any
 
 from filelock import FileLock, SoftFileLock, Timeout
 
+from gemma_grpo.containment import link_out
 from gemma_grpo.disk import DISK
 from gemma_grpo.monitor.durable import (
     RunDirectoryError,
@@ -33,6 +34,7 @@ from gemma_grpo.monitor.durable import (
     translated,
     write_atomically,
 )
+from gemma_grpo.redact import redact_all
 from gemma_grpo.types import ScoredGroup, StepRecord
 
 __all__ = ["RunDirectory", "RunDirectoryError", "next_run_path"]
@@ -71,7 +73,7 @@ class RunDirectory:
             run = cls(path, _acquire(path))
             try:
                 _refuse_existing_run(path)  # again under the lock: another process may have been as quick
-                for name, text in {RECIPE: recipe_text, RUN: to_json(RUN, dict(info), indent=2), **dict.fromkeys(_LOGS, "")}.items():
+                for name, text in {RECIPE: recipe_text, RUN: to_json(RUN, redact_all(info), indent=2), **dict.fromkeys(_LOGS, "")}.items():
                     write_atomically(path / name, text)
                     written.append(path / name)
             except BaseException:
@@ -87,16 +89,21 @@ class RunDirectory:
         """Raise RunDirectoryError if `create` would: to be asked before the first expensive second. Leaves nothing."""
         path = _usable_path(path)
         _refuse_existing_run(path)
+        _refuse_links_out(path)
         check_room(check_place(path, _DEEPEST), needed_bytes)
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
-        """An existing run, to resume or evaluate. Raises RunDirectoryError when there is none or another process writes it."""
+        """An existing run, to resume or evaluate.
+
+        Raises RunDirectoryError when there is none, another process writes it, or a link in it leads outside.
+        """
         path = _usable_path(path)
         if not (path / RECIPE).is_file():
             raise RunDirectoryError(
                 f"{path} is not a run directory: it has no {RECIPE}. Name the folder a training run wrote, such as runs/miniature-1."
             )
+        _refuse_links_out(path)  # before the lock: taking it writes
         run = cls(path, _acquire(path))
         try:
             for name in _LOGS:
@@ -131,6 +138,12 @@ class RunDirectory:
         """The report's HTML file."""
         return self.path / "report.html"
 
+    def append_step(self, record: StepRecord, groups: Iterable[ScoredGroup]) -> None:
+        """Add a step to all logs; how long it took to events.jsonl alone."""
+        self.append_metrics(record)
+        self.append_samples(record.step, groups)
+        self.event("step_time", step=record.step, seconds=dict(record.seconds))
+
     def append_metrics(self, record: StepRecord) -> None:
         """Add a step's metrics to metrics.jsonl. No times: a repeated seeded run writes the identical file."""
         self._append(METRICS, {"step": record.step, **record.metrics})
@@ -148,8 +161,8 @@ class RunDirectory:
         self._append(SAMPLES, *(_sample(step, group) for group in groups))
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Add a line to events.jsonl: `kind`, the time in seconds since 1970, and `fields`."""
-        self._append(EVENTS, {"time": round(time.time(), 3), "kind": kind, **fields})
+        """Add a line to events.jsonl: `kind`, the time in seconds since 1970, and `fields`, secrets in them taken out."""
+        self._append(EVENTS, {"time": round(time.time(), 3), "kind": kind, **redact_all(fields)})
 
     def write_json(self, name: str, data: Mapping[str, Any]) -> Path:
         """Replace `name` (relative to the run directory, "reward/calibration.json") by `data`, whole or not at all."""
@@ -174,8 +187,8 @@ class RunDirectory:
         return data
 
     def update_run(self, **fields: Any) -> None:
-        """Set fields of run.json, keeping the others."""
-        self.write_json(RUN, {**self.read_run(), **fields})
+        """Set fields of run.json, keeping the others; secrets are taken out."""
+        self.write_json(RUN, {**self.read_run(), **redact_all(fields)})
 
     def ended(self, step: int, error: BaseException | None = None) -> None:
         """The run's outcome after `step` steps: finished, or stopped or failed by `error`."""
@@ -285,6 +298,13 @@ def _refuse_existing_run(path: Path) -> None:
         raise RunDirectoryError(
             f"{path} already holds a run (it contains {holds}). Choose another output_dir, resume that run, or move the folder away."
         )
+
+
+def _refuse_links_out(path: Path) -> None:
+    with translated(path):
+        link = link_out(path)
+    if link:
+        raise RunDirectoryError(link)
 
 
 def _make_folders(path: Path) -> list[Path]:

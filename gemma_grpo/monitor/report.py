@@ -18,9 +18,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from gemma_grpo.containment import link_out
+from gemma_grpo.escapes import visible
 from gemma_grpo.monitor import findings
 from gemma_grpo.monitor.charts import Series, calibration_curve, curve
-from gemma_grpo.monitor.escapes import visible
 from gemma_grpo.monitor.profile_table import TITLE, profile_notes, profile_rows
 from gemma_grpo.monitor.run_files import Record, RunFiles, read_run_files, real, records
 
@@ -67,8 +68,11 @@ _PANELS = (
 def write_report(run_dir: str | Path) -> Path:
     """Write report.html into the run directory and return its path. What is missing there is said in the report.
 
-    Raises ValueError when the path is no run directory, OSError when the file cannot be written.
+    Raises ValueError when the path is no run directory or a link in it leads outside, OSError when the file cannot be written.
     """
+    link = link_out(Path(run_dir))
+    if link:
+        raise ValueError(link)
     target = Path(run_dir) / "report.html"
     html = render_report(read_run_files(run_dir))
     if target.is_file() and target.read_bytes() == html.encode():  # nothing of a run changes that has nothing new to tell

@@ -20,9 +20,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from gemma_grpo.monitor.escapes import one_line, visible
+from gemma_grpo.escapes import one_line, visible
 from gemma_grpo.monitor.profile_table import TITLE, profile_notes, profile_rows
 from gemma_grpo.monitor.run_files import Record
+from gemma_grpo.redact import redact
 from gemma_grpo.types import ScoredGroup, StepRecord
 
 _BARS, _ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
@@ -216,7 +217,7 @@ class ProgressView:
         return sum(sum(seconds.values()) for seconds in pace) / len(pace) * max(0, total - step)
 
     def _clean(self, text: str) -> str:
-        return visible(text, ascii_only=self._ascii)
+        return visible(redact(text), ascii_only=self._ascii)
 
     def _say(self, text: str, prefix: str, style: str) -> None:
         if self._live:

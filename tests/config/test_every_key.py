@@ -6,6 +6,7 @@ A key that nothing reads is a defect. The table must name every field of GRPOCon
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +19,8 @@ from pydantic import BaseModel
 
 from gemma_grpo.config import GRPOConfig
 from gemma_grpo.data.chat import judge_suffix_ids
+from gemma_grpo.data.sources import DataError
+from gemma_grpo.reward.base import RewardError
 from gemma_grpo.reward.generative import JUDGE_QUESTION
 
 Observe = Callable[[Any], Any]
@@ -161,6 +164,9 @@ CHANGES: dict[str, Change] = {
     "reward_model.centering": Change(1.0, reward_weights, GENERATIVE),
     "reward_model.label_smoothing": Change(0.3, reward_weights, GENERATIVE),
     "reward_model.shaping": Change("none", completion("reward"), GENERATIVE),
+    "reward_function.timeout": Change(60.0, None),
+    "reward_function.on_failure": Change("skip", None),
+    "reward_function.max_skipped": Change(0.1, None),
     "memory.limit_gib": Change(1.5, lambda run: run.json("run.json")["plan"]["limit_bytes"]),
     "memory.token_budget": Change(1, None),
     "memory.kv_token_budget": Change(40, None),
@@ -169,6 +175,7 @@ CHANGES: dict[str, Change] = {
     "data.source": Change("elsewhere", sources),
     "data.max_prompts": Change(3, data_count("prompts_train")),
     "data.holdout": Change(0.6, data_count("prompts_held_out")),
+    "data.strict": Change(True, None),
     "evaluation.num_prompts": Change(3, evaluated("reward"), EVALUATED),
     "evaluation.num_completions": Change(2, evaluated("reward"), EVALUATED),
 }
@@ -246,6 +253,36 @@ def test_a_setting_changes_what_it_is_for(key, baseline, train_tiny, filled_in) 
     assert change.observe(changed) != change.observe(baseline(change.context))
 
 
+def test_a_deadline_calls_the_reward_in_another_process(train_tiny, tmp_path) -> None:
+    def noting(completions: list[Any], **columns: Any) -> list[float]:
+        with open(tmp_path / "pids", "a", encoding="utf-8") as file:
+            file.write(f"{os.getpid()} ")
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    def processes(**settings: Any) -> set[int]:
+        train_tiny(reward=noting, **settings)
+        pids = {int(pid) for pid in (tmp_path / "pids").read_text(encoding="utf-8").split()}
+        (tmp_path / "pids").unlink()
+        return pids
+
+    assert processes() == {os.getpid()}
+    others = processes(**{"reward_function.timeout": 60.0})
+    assert len(others) == 2  # one a step
+    assert os.getpid() not in others
+
+
+def test_a_failure_is_skipped_where_it_may_be_and_only_so_many(train_tiny) -> None:
+    def failing(completions: list[Any], **columns: Any) -> list[Any]:
+        return [None, "good", *[0.5] * (len(completions) - 2)]  # one of six; None is an answer
+
+    with pytest.raises(RewardError, match="returned 'good'"):
+        train_tiny(reward=failing)
+    skip = {"reward_function.on_failure": "skip"}
+    assert train_tiny(reward=failing, **skip).metrics("rewards/failing/skipped") == [1.0, 1.0]
+    with pytest.raises(RewardError, match=r"more than reward_function\.max_skipped \(0\.1\) allows"):
+        train_tiny(reward=failing, **skip, **{"reward_function.max_skipped": 0.1})
+
+
 def model_passes(train: Callable[[], Any], *, learning: bool) -> tuple[Any, int]:
     """A run, and how many times the whole model was computed in it, with gradients or without."""
     passes = 0
@@ -278,6 +315,14 @@ def test_the_budget_of_keys_and_values_parts_the_rollout_and_changes_no_completi
     cut, more = model_passes(lambda: train_tiny(**settings, **{"memory.kv_token_budget": 40}), learning=False)
     assert cut.text("samples.jsonl") == whole.text("samples.jsonl")
     assert (passes, more) == (1, 2)  # both prompts computed together; one after the other
+
+
+def test_strict_data_stop_at_the_row_that_would_be_dropped(train_tiny) -> None:
+    rows = [*({"prompt": f"question {index}"} for index in range(6)), {"text": "no prompt"}]
+    lenient = train_tiny(dataset=rows, max_steps=1).json("run.json")["data"]
+    assert (lenient["kept"], lenient["dropped"], lenient["examples"]) == (6, {"not_a_prompt": 1}, ["the given rows, row 7: not_a_prompt"])
+    with pytest.raises(DataError, match=r"^the given rows, row 7: not_a_prompt \(it has no prompt or messages\)\. Mend this row"):
+        train_tiny(dataset=rows, **{"data.strict": True})
 
 
 def test_gradient_checkpointing_computes_each_layer_once_more(train_tiny) -> None:

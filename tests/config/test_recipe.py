@@ -169,7 +169,7 @@ def test_a_file_that_is_no_text_or_too_large_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"seed: 1\ndataset: \xff\n")
     assert complaints(path) == ["recipe.yaml:2: is not UTF-8 text. Save the recipe as UTF-8."]
     path.write_bytes(b"#" * 1_000_001)
-    assert "larger than 1000000 bytes" in complaints(path)[0]
+    assert "larger than 32768 bytes" in complaints(path)[0]
     path.write_bytes(b"\xef\xbb\xbfseed: 3\r\n")  # what Windows editors write
     assert load_recipe(path).seed == 3
 

@@ -97,6 +97,8 @@ def test_a_plain_text_prompt_is_one_user_turn():
         ({side: f"\n\nHuman: a\n\nAssistant: b\n\nAssistant: {side}" for side in GOOD}, "roles_do_not_alternate"),
         ({side: f"\n\nAssistant: {side}" for side in GOOD}, "roles_do_not_alternate"),
         ({side: f"\n\nHuman: {side}" for side in GOOD}, "last_turn_not_assistant"),
+        ({side: f"\n\nHuman: \n\nAssistant: {side}" for side in GOOD}, "empty_prompt"),
+        ({side: [{"role": "system", "content": "s"}, {"role": "assistant", "content": side}] for side in GOOD}, "roles_do_not_alternate"),
         ({side: f"no marker in {side}" for side in GOOD}, "not_a_pair"),
         ({"chosen": GOOD["chosen"]}, "not_a_pair"),
         ({"chosen": 3, "rejected": None}, "not_a_pair"),
@@ -193,7 +195,7 @@ def test_whatever_rows_hold_they_are_used_or_counted(rows, where):
 )
 def test_a_written_transcript_reads_back(texts, chosen, rejected):
     everything = [*texts, chosen, rejected]
-    assume(chosen.strip() and rejected.strip())
+    assume(chosen.strip() and rejected.strip() and texts[-1].strip())
     assume(not any("Human:" in text or "Assistant:" in text for text in everything))
     context = "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {text}" for i, text in enumerate(texts))
     (pair,) = parse_pairs([{"chosen": f"{context}\n\nAssistant: {chosen}", "rejected": f"{context}\n\nAssistant: {rejected}"}]).pairs

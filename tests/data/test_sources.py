@@ -20,7 +20,7 @@ def write(path, content: str | bytes):
 
 
 def rows(source) -> list:
-    return list(open_rows(source).rows)
+    return [row for _, row in open_rows(source).numbered]
 
 
 def read_error(source) -> str:
@@ -103,7 +103,7 @@ def test_a_file_wins_over_a_hub_id_of_the_same_spelling(tmp_path, monkeypatch):
         ("a.json.gz", gzip.compress(LINES.encode())[:-9], "breaks off or is damaged"),
         ("a.jsonl", LINES + '{"prompt": "cut of', r"a.jsonl:3: not JSON \(Unterminated string"),
         ("a.jsonl", LINES.encode() + b'{"prompt": "\xff"}\n', "a.jsonl:3: not UTF-8"),
-        ("a.jsonl", "[" * 200_000, "a.jsonl:1: not JSON"),
+        ("a.jsonl", "[" * 200_000, "a.jsonl:1: nested deeper than 100 levels"),
         ("a.jsonl", "9" * 5000, "a.jsonl:1: not JSON"),
         ("a.json", LINES, "not JSON"),
         ("a.json", '{"rows": []}', "holds dict, expected a list"),

@@ -70,6 +70,15 @@ def test_batch_scale_divides_by_the_std_of_the_centred_rewards() -> None:
     assert_rows(advantages([[0.0, 2.0], [100.0, 106.0]], "mean", "batch"), [[-1 / std, 1 / std], [-3 / std, 3 / std]])
 
 
+@pytest.mark.parametrize("scale", ["group", "batch"])
+@pytest.mark.parametrize("factor", [2.0**30, 1e25, 1e37])  # the squares of the last two are infinite in float32
+def test_large_rewards_teach_what_small_ones_do(scale: str, factor: float) -> None:
+    rewards = torch.tensor([[0.0, 1.0, 2.0]]) * factor
+    lengths = torch.ones(1, 3, dtype=torch.long)
+    given = group_advantages(rewards, lengths, baseline=BASELINES["mean"], scale=SCALES[scale])
+    assert given[0].tolist() == pytest.approx([-1.0, 0.0, 1.0], abs=1e-6)  # less their mean, over their std of 1
+
+
 def test_clip_limits_both_sides() -> None:
     assert_rows(advantages([[0.0, 2.0], [0.0, 20.0]], "mean", clip=5.0), [[-1.0, 1.0], [-5.0, 5.0]])
 

@@ -163,11 +163,10 @@ def test_a_rollout_of_other_prompts_is_refused(
     trainer = tiny_trainer(reward=some_reward, **MANY)
     trainer.dry_run()
     prompts = trainer._prompts_of_step(2)
-    names, of = list(trainer.updater.parameters), {"tokenizer": trainer.model.tokenizer, "device": trainer.model.device, "step": 2}
-    again = from_tensors(found.rollout, found.state["under_way"], prompts, names, **of)
+    again = from_tensors(found.rollout, found.state["under_way"], prompts, trainer.model, step=2)
     assert [group.prompt for group in again.groups] == list(prompts)
     with pytest.raises(ValueError, match="the rollout kept for step 3 was sampled for other prompts"):
-        from_tensors(found.rollout, found.state["under_way"], prompts[::-1], names, **of)
+        from_tensors(found.rollout, found.state["under_way"], prompts[::-1], trainer.model, step=2)
 
 
 def test_a_checkpoint_of_another_run_is_refused(train_tiny: Callable[..., Any], tiny_trainer: Callable[..., Any], tmp_path: Path) -> None:
@@ -183,6 +182,42 @@ def test_a_checkpoint_of_another_run_is_refused(train_tiny: Callable[..., Any], 
     (folder / "run.json").write_text((folder / "run.json").read_text().replace('"finished"', '"stopped"'))
     with pytest.raises(CheckpointError, match=r"step-00000002 is of another run: its settings are not this run's\."):
         tiny_trainer(output_dir=str(folder), **settings).train(resume_from_checkpoint=True)
+
+
+# ---- the reward adapter's training
+
+
+TRAINED: dict[str, Any] = {
+    **{"max_steps": 1, "reward": {"generative": 1.0}, "lora.dropout": 0.1},
+    **{"reward_model.batch_size": 4, "reward_model.max_pairs": 16, "evaluation.num_prompts": 2, "save_steps": 2},
+}
+"""Four updates."""
+
+
+@pytest.fixture(scope="module")
+def with_trained_reward(train_tiny: Callable[..., Any]) -> Any:
+    return train_tiny(**TRAINED)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_the_reward_adapters_training_goes_on_after_its_last_update(
+    train_tiny: Callable[..., Any], tiny_trainer: Callable[..., Any], with_trained_reward: Any, stop_at: StopAt, tmp_path: Path,
+    share: float,
+) -> None:  # fmt: skip
+    doing = stop_at(10**9)
+    train_tiny(max_minutes=1, **TRAINED)
+    (training,) = spans(["reward training" if now == "saving" else now for now in doing], "reward training")
+    stop_at(training[int(share * len(training))])
+    with pytest.raises(Stopped):
+        tiny_trainer(max_minutes=1, output_dir=str(tmp_path / "run"), **TRAINED).train()
+    stop_at(10**9)
+    run = train_tiny(resume=True, output_dir=str(tmp_path / "run"), **TRAINED)
+    assert_same_run(run, with_trained_reward)
+    assert run.text("reward/calibration.json") == with_trained_reward.text("reward/calibration.json")
+    reward, other = run.adapter("reward"), with_trained_reward.adapter("reward")
+    assert all(torch.equal(reward[name], value) for name, value in other.items())
+    assert [line["update"] for line in run.lines("events.jsonl") if line["kind"] == "reward_training"] == [1, 2, 3, 4]
+    assert not (run.path / "reward" / "checkpoints").exists()
 
 
 # ---- every step of ten configurations

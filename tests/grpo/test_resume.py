@@ -293,3 +293,46 @@ def test_save_steps_say_which_steps_can_be_gone_on_from(train_tiny):
     assert sorted(path.name for path in (run.path / "checkpoints").iterdir()) == ["step-00000002", "step-00000004", "step-00000005"]
     only_last = train_tiny(max_steps=2, save_steps=0)
     assert [path.name for path in (only_last.path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+# ---- the base
+
+
+def flip_a_bit(file: Path, name: str) -> None:
+    """Of the last number of a tensor, the lowest one: the weight stays finite, and nearly what it was."""
+    data = bytearray(file.read_bytes())
+    header = int.from_bytes(data[:8], "little")
+    _, end = json.loads(data[8 : 8 + header])[name]["data_offsets"]
+    data[8 + header + end - 4] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight", "model.norm.weight"])
+def test_a_base_with_one_flipped_bit_is_refused_by_its_tensors_name(tiny_trainer, train_tiny, small_model_dir, tmp_path, name):
+    base, settings = tmp_path / "base", {"reward": some_reward, "save_steps": 1, "output_dir": str(tmp_path / "run")}
+    shutil.copytree(small_model_dir, base)
+    train_tiny(model_name=str(base), max_steps=1, **settings)
+    flip_a_bit(base / "model.safetensors", name)
+    message = rf"the base {base} is not what {tmp_path / 'run'} began with: {name} differs\. A damaged file, or another version"
+    with pytest.raises(ResumeError, match=message):
+        tiny_trainer(model_name=str(base), max_steps=2, **settings).train(resume_from_checkpoint=True)
+    flip_a_bit(base / "model.safetensors", name)  # mended
+    assert len(train_tiny(model_name=str(base), max_steps=2, resume=True, **settings).lines("metrics.jsonl")) == 2
+
+
+def test_a_run_whose_record_of_the_base_is_unreadable_says_so(tiny_trainer, uninterrupted, tmp_path):
+    folder = cut_back(uninterrupted, 2, tmp_path / "run")
+    (folder / "base.json").write_text("[", encoding="utf-8")
+    with pytest.raises(ResumeError, match=r"base\.json cannot be read .* Restore it, or delete it if you know that the base is unchanged"):
+        tiny_trainer(reward=some_reward, output_dir=str(folder), **DEMANDING).train(resume_from_checkpoint=True)
+    (folder / "base.json").unlink()
+    tiny_trainer(reward=some_reward, output_dir=str(folder), **DEMANDING).train(resume_from_checkpoint=True)
+    assert (folder / "base.json").read_bytes() == (uninterrupted.path / "base.json").read_bytes()
+
+
+def test_a_checkpoint_says_of_what_it_is(uninterrupted):
+    folder = uninterrupted.path / "checkpoints"
+    origins = [json.loads((path / "state.json").read_text(encoding="utf-8"))["origin"] for path in folder.iterdir()]
+    assert origins[0].keys() == {"data", "base", "settings"}
+    assert origins[0]["data"] == uninterrupted.json("run.json")["fingerprint"]
+    assert all(origin == origins[0] for origin in origins)

@@ -16,6 +16,7 @@ from gemma_grpo.grpo.setup import (
     DEFAULT_REWARD,
     build_reward_stack,
     build_training_data,
+    given_functions,
     gold_margin,
     known_gold,
     load_rows,
@@ -178,6 +179,40 @@ def test_a_function_is_named_after_itself():
 def test_an_unknown_reward_is_named_with_the_nearest():
     with pytest.raises(ValueError, match=r"unknown reward 'lenght'. Did you mean 'length'\? Known are .*generative.*judge"):
         reward_weights(None, build_config({"reward": {"lenght": 1.0}}))
+
+
+def test_an_unknown_reward_says_how_a_function_of_ones_own_is_given():
+    with pytest.raises(ValueError, match=r"--allow-code FILE on the command line, reward_functions=\{name: function\} in Python"):
+        reward_weights(None, build_config({"reward": {"my_reward": 1.0}}))
+
+
+def test_functions_by_name_are_weighted_beside_built_in_rewards(model):
+    config = build_config({"reward": {"doubt": 2.0, "empty": 1.0}})
+    functions = {"doubt": lambda completions: [float("?" in turns[0]["content"]) for turns in completions]}
+    weights = reward_weights(functions, config)
+    assert weights == {"doubt": 2.0, "empty": 1.0}
+    scores = build_reward_stack(functions, weights, model, config, 0.0).score([group(None, "why?", "...")])
+    assert scores.parts == {"doubt": [[1.0, 0.0]], "empty": [[0.0, -1.0]]}
+    assert scores.rewards == [[2.0, -1.0]]
+
+
+@pytest.mark.parametrize(
+    ("functions", "message"),
+    [
+        ({"length": sum}, "'length', which is the name of a built-in reward"),
+        ({"mine": sum, "other": sum}, "'other', which `reward` gives no weight"),
+    ],
+)
+def test_a_function_that_would_count_for_nothing_or_hide_a_reward_is_refused(functions, message):
+    with pytest.raises(ValueError, match=message):
+        reward_weights(functions, build_config({"reward": {"mine": 1.0, "length": 1.0}}))
+
+
+def test_a_function_as_the_reward_leaves_no_room_for_functions_by_name():
+    assert given_functions(sum, None) is sum
+    assert given_functions({"mine": 1.0}, {"mine": sum}) == {"mine": sum}
+    with pytest.raises(ValueError, match="reward is a function itself, so reward_functions is not used"):
+        given_functions(sum, {"mine": sum})
 
 
 def group(chosen: str | None, *texts: str) -> RolloutGroup:

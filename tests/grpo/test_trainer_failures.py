@@ -175,10 +175,10 @@ def needs_a_column(completions, answer, **columns):
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (not_a_number, r"reward 'not_a_number' returned nan at index 1\. Return a finite number, or None"),
+        (not_a_number, r"reward 'not_a_number' returned nan for 1 of 6 completions \(index 1, prompt \w+\)\. Return a finite number"),
         (too_few, r"reward 'too_few' returned 1 scores for 6 completions\. Return one score per completion\."),
         (raising, r"reward 'raising' raised ZeroDivisionError: no replies\."),
-        (a_text, r"reward 'a_text' returned 'good' \(str\) at index 0"),
+        (a_text, r"reward 'a_text' returned 'good' \(str\) for 6 of 6 completions \(first index 0, prompt \w+\)"),
         (needs_a_column, r"reward 'needs_a_column' needs 'answer', which the dataset does not have"),
     ],
 )

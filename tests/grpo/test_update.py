@@ -379,9 +379,9 @@ def test_loaded_moments_lie_where_the_weights_are(world):
     updater = world.updater(config)
     updater.update(world.batch(config), 0)
     elsewhere = world.updater(config)
-    elsewhere.parameters = {name: torch.nn.Parameter(weight.detach().to("meta")) for name, weight in elsewhere.parameters.items()}
+    elsewhere.optimizer.parameters = {name: torch.nn.Parameter(weight.detach().to("meta")) for name, weight in elsewhere.parameters.items()}
     elsewhere.load(*updater.state())
-    for weight in elsewhere.parameters.values():
+    for weight in elsewhere.optimizer.parameters.values():
         kept = elsewhere.optimizer.adamw.state[weight]
         assert {key: value.device.type for key, value in kept.items()} == {"step": "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"}
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from gemma_grpo.reward.base import RewardError, RewardStack, WeightedReward, unknown_reward, validate_flat, validate_scores
+from gemma_grpo.reward.base import RewardError, RewardStack, Skipped, WeightedReward, check_flat, unknown_reward, validate_scores
 from gemma_grpo.types import Completion, Prompt, RolloutGroup
 
 
@@ -103,7 +104,7 @@ def test_numbers_of_every_library_become_floats(scores):
 
 def test_whole_arrays_are_lists_of_lists():
     assert validate_scores(torch.arange(4.0).reshape(2, 2), groups(2, 2), "mine") == [[0.0, 1.0], [2.0, 3.0]]
-    assert validate_flat(np.array([1, 2]), 2, "mine") == [1.0, 2.0]
+    assert check_flat(np.array([1, 2]), groups(1, 1)) == ([1.0, 2.0], [])
 
 
 @pytest.mark.parametrize(
@@ -154,8 +155,61 @@ def test_a_value_that_cannot_be_shown_does_not_hide_the_error():
         def __repr__(self):
             raise RuntimeError("no")
 
-    with pytest.raises(RewardError, match=r"index 0"):
-        validate_flat([Shy()], 1, "mine")
+    with pytest.raises(RewardError, match=r"returned unprintable: RuntimeError \(Shy\) at group 0, completion 0"):
+        validate_scores([[Shy()]], groups(1), "mine")
+
+
+# float32's largest number is 2^128 - 2^104; halfway to 2^128, the next there would be, rounding goes to infinity
+@pytest.mark.parametrize(("value", "finite"), [(2.0**128 - 2.0**104, True), (2.0**128 - 2.0**103, False), (1e39, False), (-1e39, False)])
+def test_a_score_must_be_finite_in_float32_which_is_what_it_is_learned_from_in(value, finite):
+    assert torch.tensor(value, dtype=torch.float32).isfinite().item() is finite
+    if finite:
+        assert validate_scores([[value]], groups(1), "mine") == [[value]]
+        return
+    with pytest.raises(RewardError, match=rf"returned {re.escape(str(value))}, which is infinite in float32, at .* number below 3\.4e38"):
+        validate_scores([[value]], groups(1), "mine")
+
+
+def test_scores_that_only_together_leave_float32_are_refused():
+    large = Fixed("a", [[0.0, 3e38]])
+    stack = RewardStack([WeightedReward(large), WeightedReward(Fixed("b", [[0.0, 3e38]]), 0.5)])
+    message = r"rewards of group 0, completion 1 add up to 4\.5e\+38, which is not finite in float32 \(a x 1, b x 0\.5\)\. Lower"
+    with pytest.raises(RewardError, match=message):
+        stack.score(groups(2))
+    with pytest.raises(RewardError, match="add up to inf"):
+        RewardStack([WeightedReward(large, 1e300)]).score(groups(2))
+
+
+def test_a_flat_list_keeps_what_can_be_used_and_says_of_the_rest_where_it_stands():
+    # a group of one completion and one of three; the prompts of groups() share one id
+    scores, faults = check_flat([1, math.nan, "x", math.nan], groups(1, 3))
+    assert scores == [1.0, None, None, None]
+    assert [(fault.text, fault.completions, fault.whole) for fault in faults] == [
+        ("returned nan for 2 of 4 completions (first index 1, prompt id)", 2, False),
+        ("returned 'x' (str) for 1 of 4 completions (index 2, prompt id)", 1, False),
+    ]
+
+
+def test_an_array_that_is_none_after_all_is_refused():
+    class Odd:
+        ndim = 1
+
+        def tolist(self):
+            return 5.0
+
+    _, faults = check_flat(Odd(), groups(2))
+    assert [(fault.cause, fault.completions, fault.whole) for fault in faults] == [("returned a Odd", 2, True)]
+
+
+def test_a_reward_that_may_skip_is_asked_for_what_it_skipped():
+    class Skipping(Fixed):
+        def score_or_skip(self, groups):
+            return self.scores, Skipped(1, "one is missing")
+
+    stack = RewardStack([WeightedReward(Skipping("a", [[1.0, None]])), WeightedReward(Fixed("b", [[2.0, 2.0]]))])
+    scores = stack.score(groups(2))
+    assert scores.rewards == [[3.0, 2.0]]
+    assert (scores.skipped, scores.warnings) == ({"a": 1}, ("one is missing",))
 
 
 def test_an_unknown_name_gets_the_nearest_known_one():

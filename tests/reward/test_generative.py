@@ -25,16 +25,21 @@ from gemma_grpo.reward.generative import (
     JUDGE_QUESTION,
     GenerativeReward,
     Judge,
-    bradley_terry_loss,
     score_pairs,
-    train_reward_adapter,
 )
 from gemma_grpo.reward.quality import accuracy
+from gemma_grpo.reward.training import Progress, RewardTraining, bradley_terry_loss
 from gemma_grpo.reward.zero_shot import ZeroShotJudge
 from gemma_grpo.types import Completion, PreferencePair, Prompt, RolloutGroup
 
 SETTINGS = RewardModelSettings(learning_rate=3e-3, batch_size=8)
 REPLIES = [["yes, gladly.", "no."], ["a much longer reply than the others", "b"], ["x", "yy"]]
+
+
+def train_reward_adapter(
+    judge: Judge, pairs: Sequence[EncodedPair], settings: RewardModelSettings, *, seed: int, progress: Progress | None = None
+) -> None:
+    RewardTraining(judge, pairs, settings, seed=seed).run(progress)
 
 
 @pytest.fixture

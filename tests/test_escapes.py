@@ -7,7 +7,7 @@ import unicodedata
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_grpo.monitor.escapes import one_line, visible
+from gemma_grpo.escapes import one_line, printable, visible
 
 
 def test_terminal_commands_are_written_out() -> None:
@@ -21,17 +21,28 @@ def test_bidi_zero_width_tags_and_surrogates_are_written_out() -> None:
 
 
 def test_ordinary_writing_is_left_alone() -> None:
-    text = "Grüße, 日本語\u3000です.\n\tx\u00a0y"
+    text = "Grüße – “日本語”\u3000です. 👩\u200d🔬\n\tx\u00a0y نمی\u200cدانم"
     assert visible(text) == text
     assert visible("é", ascii_only=True) == "\\xe9"
 
 
-@given(st.text(st.characters()))
-def test_nothing_but_line_breaks_tabs_and_spaces_is_unprintable(text: str) -> None:
+@given(st.text(st.characters() | st.sampled_from("\u200c\u200d\u202eaé")))
+def test_nothing_but_line_breaks_tabs_spaces_and_joiners_at_work_is_unprintable(text: str) -> None:
     shown = visible(text)
-    assert all(char in "\n\t" or char.isprintable() or unicodedata.category(char) == "Zs" for char in shown)
+    for before, char, after in zip(" " + shown, shown, shown[1:] + " ", strict=False):
+        joins = char in "\u200c\u200d" and not (before + after).isascii() and (before + after).isprintable()
+        assert char in "\n\t" or char.isprintable() or unicodedata.category(char) == "Zs" or joins
     assert visible(text, ascii_only=True).isascii()
+    assert not set(printable(text)) & set("\n\t")
     shown.encode()  # no lone surrogate is left
+
+
+def test_a_joiner_that_joins_nothing_is_written_out() -> None:
+    assert visible("pass\u200cword \u200d\u200dé\u200d") == "pass\\u200cword \\u200d\\u200dé\\u200d"
+
+
+def test_on_one_line_breaks_are_written_out() -> None:
+    assert printable("a\nb\tc\r") == "a\\nb\\tc\\x0d"
 
 
 def test_one_line_joins_lines_and_marks_the_cut() -> None:

@@ -1,4 +1,4 @@
-"""AdamW over one adapter, whose every update can be taken back. What is applied and when is update.py's."""
+"""AdamW over one adapter: every update can be taken back, and what it remembers saved. What is applied and when is others'."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_grpo.config.schema import OptimizerSettings
-
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -20,18 +18,14 @@ class Snapshot:
     adamw: Mapping[str, Any]
 
 
-class PolicyOptimizer:
+class AdapterOptimizer:
     """The parameters of an adapter, by name, and their AdamW."""
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], settings: OptimizerSettings, learning_rate: float) -> None:
+    def __init__(
+        self, parameters: Mapping[str, torch.nn.Parameter], *, betas: tuple[float, float], eps: float = 1e-8, weight_decay: float = 0.0
+    ) -> None:
         self.parameters = parameters
-        self.adamw = torch.optim.AdamW(
-            list(parameters.values()),
-            lr=learning_rate,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-        )
+        self.adamw = torch.optim.AdamW(list(parameters.values()), betas=betas, eps=eps, weight_decay=weight_decay)
 
     def apply(self, gradient: Sequence[Tensor], rate: float) -> None:
         """One update at this learning rate."""

@@ -1,0 +1,117 @@
+"""Bradley-Terry training of the "reward" adapter on preference pairs, on the same log-odds that it will score with.
+
+Owns the one epoch over the pairs, and what of it a checkpoint needs. What a verdict is, is generative.py's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from gemma_grpo.config.schema import RewardModelSettings
+from gemma_grpo.data.batch import GroupBatch
+from gemma_grpo.data.prompts import EncodedPair
+from gemma_grpo.model.optimizer import AdapterOptimizer
+from gemma_grpo.model.precision import LossScale
+from gemma_grpo.reward.generative import Judge, pair_batch
+
+Progress = Callable[[int, int, float, float], None]
+"""Called after each update with its number, the number of all, its loss and its share of pairs ranked right."""
+
+
+def bradley_terry_loss(rewards: Float[Tensor, "N 2"], *, centering: float = 0.0, label_smoothing: float = 0.0) -> Float[Tensor, ""]:
+    """Mean over pairs of -log sigmoid(r_chosen - r_rejected) + centering (r_chosen + r_rejected)^2, in nats.
+
+    label_smoothing is the assumed share of wrong labels. Sources: Bradley and Terry 1952; centring arXiv:2312.09244;
+    smoothing arXiv:2305.18290's conservative form.
+    """
+    margin = rewards[:, 0] - rewards[:, 1]
+    likelihood = (1 - label_smoothing) * logsigmoid(margin) + label_smoothing * logsigmoid(-margin)
+    return (centering * rewards.sum(-1).square() - likelihood).mean()
+
+
+class RewardTraining:
+    """One epoch of Bradley-Terry over the pairs, in place on the "reward" adapter: AdamW, warm-up over a tenth, then linear to 0.
+
+    Both sides of a pair are always in one batch, and their conversation is computed once. Between two updates `state` is all that is
+    needed, beside the adapter, to go on exactly.
+    """
+
+    def __init__(self, judge: Judge, pairs: Sequence[EncodedPair], settings: RewardModelSettings, *, seed: int) -> None:
+        self.judge, self.settings, self.seed = judge, settings, seed
+        self.order = sorted(pairs, key=lambda item: hashlib.sha256(f"{seed}/{item.pair.pair_id}".encode()).digest())
+        self.updates = -(-len(self.order) // settings.batch_size)
+        self.made = 0
+        """Updates made."""
+        self.optimizer = AdapterOptimizer(judge.model.adapter_parameters("reward"), betas=(0.9, 0.99))
+        self.scale = LossScale(judge.model.dtype)
+
+    def run(self, progress: Progress | None = None) -> None:
+        """The updates that are left. Raises FloatingPointError on a loss or gradient that is not finite, before the update."""
+        while self.made < self.updates:
+            loss, rewards = self._update(self.made)
+            self.made += 1
+            if progress is not None:
+                progress(self.made, self.updates, loss, (rewards[:, 0] > rewards[:, 1]).float().mean().item())
+
+    def learning_rate(self, update: int) -> float:
+        """Rate of the update with this number, from 0."""
+        warmup = max(1, self.updates // 10)
+        return self.settings.learning_rate * min((update + 1) / warmup, (self.updates - update) / max(1, self.updates - warmup))
+
+    def _update(self, update: int) -> tuple[float, Float[Tensor, "N 2"]]:
+        self.scale.relax()
+        torch.manual_seed(self.seed * 1_000_003 + update)  # dropout, where it is on, is a function of (seed, update)
+        batch = self.order[update * self.settings.batch_size : (update + 1) * self.settings.batch_size]
+        gradient, loss, rewards = self._gradient(batch)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"reward adapter: the loss is {loss} at update {update + 1}. Lower reward_model.learning_rate.")
+        norm = torch.nn.utils.get_total_norm(gradient)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"reward adapter: a gradient is not finite at update {update + 1}. Lower reward_model.learning_rate.")
+        for tensor in gradient:
+            tensor.mul_((1.0 / (norm + 1e-6)).clamp(max=1.0))
+        self.optimizer.apply(gradient, self.learning_rate(update))
+        return loss, rewards
+
+    def _gradient(self, pairs: Sequence[EncodedPair]) -> tuple[list[Tensor], float, Float[Tensor, "N 2"]]:
+        """Gradient of the mean loss over the pairs, that loss, and the pairs' rewards; the same however the token budget cuts them."""
+        model, settings, parameters = self.judge.model, self.settings, list(self.optimizer.parameters.values())
+        gradient, loss, rewards = [torch.zeros_like(parameter) for parameter in parameters], 0.0, torch.zeros(len(pairs), 2)
+
+        def work(piece: GroupBatch) -> tuple[Sequence[Tensor | None], Tensor, Tensor]:
+            while True:
+                log_odds = self.judge.log_odds(piece)
+                mean = bradley_terry_loss(log_odds, centering=settings.centering, label_smoothing=settings.label_smoothing)
+                share = mean * (len(log_odds) / len(pairs))
+                part = self.scale.gradient(share, parameters, 1 / len(pairs))
+                if part is not None:
+                    return part, share.detach(), log_odds.detach()
+
+        batch = pair_batch(self.judge, pairs)
+        with model.role("reward", train=True):
+            # whole groups: the two sides of a pair meet in one loss
+            for slot, (part, share, log_odds) in model.budget.run(batch, work, doing="training the reward adapter", whole_groups=True):
+                for total, value in zip(gradient, part, strict=True):
+                    if value is not None:
+                        total += value
+                loss += share.item()
+                slot.put(log_odds, rewards)
+        return gradient, loss, rewards
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
+        """Adam's moments by parameter name, and the numbers beside them."""
+        return self.optimizer.state(), {"loss_scale": self.scale.state(), "memory": self.judge.model.budget.state()}
+
+    def load(self, made: int, tensors: Mapping[str, Tensor], controllers: Mapping[str, Mapping[str, float]]) -> None:
+        """Continue after `made` updates from what state() gave."""
+        self.made = made
+        self.optimizer.load(tensors)
+        self.scale.load(controllers["loss_scale"])
+        self.judge.model.budget.load(controllers["memory"])
