@@ -34,7 +34,8 @@ def write_step(run: RunDirectory, step: int) -> None:
     run.update_run(status="running", steps=step, filler="x" * 3000)
     run.write_json("evaluation.json", {"seconds": step, "samples": ["y" * 50] * 40})
     weights = {"x": torch.full((500,), float(step))}
-    save_checkpoint(run.checkpoints, step, policy={"a.safetensors": b"z" * 5000}, optimizer=weights, state={"twice": 2 * step}, keep=2)
+    adapters = {"policy": {"a.safetensors": b"z" * 5000}}
+    save_checkpoint(run.checkpoints, step, adapters=adapters, optimizer=weights, state={"twice": 2 * step}, keep=2)
 
 
 def write_for_ever(path: Path, over: Event) -> None:
