@@ -151,7 +151,7 @@ def next_moment(folder: Path, kill: int, kills: int, steps: int, times: Times, g
     """When to kill a run for the time with this number, so that all of them are over its whole length."""
     done = steps_saved(folder)
     if done == 0:
-        return Moment(None, generator.uniform(0, 1.3 * times.first))
+        return Moment(None, generator.uniform(0, 1.3 * times.first), before="pruning")  # three steps on at most
     if done >= steps:
         return Moment("evaluation", generator.uniform(0, 0.25 * times.evaluation))
     aim = generator.choices([*AIMED, "a step"], [*AIMED.values(), 1 - sum(AIMED.values())])[0]
@@ -159,8 +159,9 @@ def next_moment(folder: Path, kill: int, kills: int, steps: int, times: Times, g
         return Moment(None, generator.uniform(0, times.first), before="rollout")
     if aim != "a step":
         return Moment(aim, generator.uniform(0, A_SAVE), patience=3 * times.step)
-    ahead = done / steps > kill / ((1 - AT_THE_END) * kills)
-    return Moment("rollout", generator.uniform(0, (0.7 if ahead else 4) * times.step))
+    if done / steps > kill / ((1 - AT_THE_END) * kills):  # ahead: this step must not be finished, however fast the machine is now
+        return Moment("rollout", generator.uniform(0, times.step), before="saving")
+    return Moment("rollout", generator.uniform(0, 4 * times.step))
 
 
 def content(folder: Path) -> dict[str, bytes]:
