@@ -158,10 +158,10 @@ def next_moment(folder: Path, kill: int, kills: int, steps: int, times: Times, g
     if aim == "loading":
         return Moment(None, generator.uniform(0, times.first), before="rollout")
     if aim != "a step":
-        return Moment(aim, generator.uniform(0, A_SAVE), patience=3 * times.step)
+        return Moment(aim, generator.uniform(0, A_SAVE), before="evaluation", patience=3 * times.step)
     if done / steps > kill / ((1 - AT_THE_END) * kills):  # ahead: this step must not be finished, however fast the machine is now
         return Moment("rollout", generator.uniform(0, times.step), before="saving")
-    return Moment("rollout", generator.uniform(0, 4 * times.step))
+    return Moment("rollout", generator.uniform(0, 4 * times.step), before="evaluation")
 
 
 def content(folder: Path) -> dict[str, bytes]:
