@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -76,11 +77,15 @@ def train(folder: Path, steps: int) -> None:
 
 @dataclass(frozen=True)
 class Moment:
-    """When to kill: so many seconds after the run has come to a phase, None being its start; in any case where another one begins."""
+    """When to kill: so many seconds after the run has come to a phase, None being its start; in any case where another one begins.
+
+    A phase as short as a pruning can be over before it was seen: `patience` are the seconds after the first rollout in which it has to be.
+    """
 
     after: str | None
     seconds: float
     before: str | None = None
+    patience: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -123,13 +128,15 @@ def _wait(child: int, byte: PhaseByte, moment: Moment | None) -> int:
     """Until the child ends or is killed; its status."""
     if moment is None:
         return os.waitpid(child, 0)[1]
-    deadline = time.monotonic() + moment.seconds if moment.after is None else None
-    while (deadline is None or time.monotonic() < deadline) and (moment.before is None or byte.phase != moment.before):
+    reached, deadline = moment.after is None, time.monotonic() + moment.seconds if moment.after is None else math.inf
+    while (now := time.monotonic()) < deadline and (moment.before is None or byte.phase != moment.before):
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return status
-        if deadline is None and byte.phase == moment.after:
-            deadline = time.monotonic() + moment.seconds
+        if not reached and byte.phase == moment.after:
+            reached, deadline = True, now + moment.seconds
+        elif deadline == math.inf and byte.phase == "rollout":
+            deadline = now + moment.patience
         time.sleep(0.0005)
     os.kill(child, signal.SIGKILL)
     return os.waitpid(child, 0)[1]
@@ -144,16 +151,17 @@ def next_moment(folder: Path, kill: int, kills: int, steps: int, times: Times, g
     """When to kill a run for the time with this number, so that all of them are over its whole length."""
     done = steps_saved(folder)
     if done == 0:
-        return Moment(None, generator.uniform(0, 1.3 * times.first))
+        return Moment(None, generator.uniform(0, 1.3 * times.first), before="pruning")  # three steps on at most
     if done >= steps:
         return Moment("evaluation", generator.uniform(0, 0.25 * times.evaluation))
     aim = generator.choices([*AIMED, "a step"], [*AIMED.values(), 1 - sum(AIMED.values())])[0]
     if aim == "loading":
         return Moment(None, generator.uniform(0, times.first), before="rollout")
     if aim != "a step":
-        return Moment(aim, generator.uniform(0, A_SAVE))
-    ahead = done / steps > kill / ((1 - AT_THE_END) * kills)
-    return Moment("rollout", generator.uniform(0, (0.7 if ahead else 4) * times.step))
+        return Moment(aim, generator.uniform(0, A_SAVE), before="evaluation", patience=3 * times.step)
+    if done / steps > kill / ((1 - AT_THE_END) * kills):  # ahead: this step must not be finished, however fast the machine is now
+        return Moment("rollout", generator.uniform(0, times.step), before="saving")
+    return Moment("rollout", generator.uniform(0, 4 * times.step), before="evaluation")
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -18,6 +18,8 @@ TINY = (
     *("reward_model.batch_size=4", "reward_model.max_pairs=8", "evaluation.num_prompts=3", "data.holdout=0.3"),
 )
 RULE = "reward={length: 1.0}"
+VARIED = "reward={judge: 1.0}"
+"""Tells any two replies apart."""
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, object]]) -> Path:
@@ -78,7 +80,7 @@ def test_a_profile_is_printed_written_and_in_the_report(
     tiny_model_dir: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
-    assert train(tiny_model_dir, prompts, output, RULE, "--profile") == 0, capsys.readouterr().err
+    assert train(tiny_model_dir, prompts, output, VARIED, "--profile") == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     assert printed.index("Where the time of a step goes") < printed.index("rollout  ") < printed.index("adapter: ")
     profile = json.loads((output / "profile.json").read_text(encoding="utf-8"))
@@ -91,7 +93,7 @@ def test_a_profile_is_printed_written_and_in_the_report(
 
 
 def test_the_resolved_recipe_repeats_the_run(tiny_model_dir: Path, prompts: Path, tmp_path: Path) -> None:
-    assert train(tiny_model_dir, prompts, tmp_path / "first", RULE) == 0
+    assert train(tiny_model_dir, prompts, tmp_path / "first", VARIED) == 0
     assert run(["train", str(tmp_path / "first" / "recipe.yaml"), f"output_dir={tmp_path / 'second'}"]) == 0
     first, second = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("first", "second"))
     assert first == second
@@ -188,6 +190,43 @@ def test_a_folder_that_is_no_run_is_refused(capsys: pytest.CaptureFixture[str], 
 def test_a_model_folder_that_is_not_there_is_refused(prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, train(tmp_path / "no-model", prompts, tmp_path / "run", RULE))
     assert not (tmp_path / "run").exists()
+
+
+# ---- once more
+
+
+def state(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_ends_well_again_and_no_file_of_it_is_changed(
+    tiny_model_dir: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    assert train(tiny_model_dir, prompts, output, VARIED) == 0, capsys.readouterr().err
+    before = state(output)
+    capsys.readouterr()
+    for words in ((), ("--resume",)):
+        assert train(tiny_model_dir, prompts, output, VARIED, *words) == 0
+        printed = capsys.readouterr()
+        assert f"nothing to do: {output} finished at step 2" in printed.out
+        assert printed.err == ""
+        assert state(output) == before
+
+
+def test_a_run_that_goes_on_elsewhere_says_what_differs_and_ends_well(
+    tiny_model_dir: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    assert train(tiny_model_dir, prompts, output, VARIED) == 0, capsys.readouterr().err
+    info = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    threads = info["environment"]["threads"]
+    info["environment"] |= {"threads": threads + 3, "torch": "0.1"}
+    (output / "run.json").write_text(json.dumps(info), encoding="utf-8")
+    assert train(tiny_model_dir, prompts, output, VARIED, "save_steps=1") == 0, capsys.readouterr().err
+    said = f"warning: not bit for bit: torch 0.1 -> {info['versions']['torch']}, threads {threads + 3} -> {threads}"
+    assert said in capsys.readouterr().out
+    assert said.removeprefix("warning: ") in (output / "events.jsonl").read_text(encoding="utf-8")
 
 
 # ---- the shipped miniature

@@ -32,6 +32,7 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "the name is too long for the file system. Choose a shorter output_dir",
     errno.EISDIR: "a folder stands where the file should go. Move it away",
     errno.ENOTDIR: "a file stands where a folder should be. Move it away, or choose another output_dir",
+    errno.ELOOP: "its links lead round in a circle. Remove them, or choose another output_dir",
     errno.ENOLCK: "the file system has no locks, which keep a second run out. Choose an output_dir on a local disk",
     errno.ENOTSUP: "the file system has no locks, which keep a second run out. Choose an output_dir on a local disk",
 }

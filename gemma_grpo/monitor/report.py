@@ -75,7 +75,9 @@ def write_report(run_dir: str | Path) -> Path:
         raise ValueError(link)
     target = Path(run_dir) / "report.html"
     html = render_report(read_run_files(run_dir))
-    temporary = target.with_name(".report.html.tmp")
+    if target.is_file() and target.read_bytes() == html.encode():  # nothing of a run changes that has nothing new to tell
+        return target
+    temporary = target.with_name(f".report.html.{os.getpid()}.tmp")  # of its own: a run ends while its user asks for a report
     try:
         temporary.write_text(html, encoding="utf-8", newline="\n")
         os.replace(temporary, target)

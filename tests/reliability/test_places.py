@@ -51,7 +51,7 @@ REFUSED = {
     "a name that is no UTF-8": (lambda folder: os.fsdecode(bytes(folder) + b"/run-\xff"), r"run-\\udcff' cannot hold a run"),
     "a broken link": (lambda folder: linked(folder, folder / "nowhere"), "is a link that leads nowhere"),
     "below a broken link": (lambda folder: linked(folder, folder / "nowhere") / "run", "is a link that leads nowhere"),
-    "a link to itself": (lambda folder: linked(folder, folder / "link"), "is a link that leads nowhere"),
+    "a link to itself": (lambda folder: linked(folder, folder / "link"), "its links lead round in a circle"),
     "where no folder can be made": (lambda folder: Path("/proc/self/run"), r"was not written: .*(folder|output_dir)"),
 }
 

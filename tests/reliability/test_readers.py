@@ -34,7 +34,8 @@ def write_step(run: RunDirectory, step: int) -> None:
     run.update_run(status="running", steps=step, filler="x" * 3000)
     run.write_json("evaluation.json", {"seconds": step, "samples": ["y" * 50] * 40})
     weights = {"x": torch.full((500,), float(step))}
-    save_checkpoint(run.checkpoints, step, policy={"a.safetensors": b"z" * 5000}, optimizer=weights, state={"twice": 2 * step}, keep=2)
+    adapters = {"policy": {"a.safetensors": b"z" * 5000}}
+    save_checkpoint(run.checkpoints, step, adapters=adapters, optimizer=weights, state={"twice": 2 * step}, keep=2)
 
 
 def write_for_ever(path: Path, over: Event) -> None:
@@ -86,3 +87,21 @@ def test_five_hundred_reads_under_writes_see_nothing_half_written(tmp_path: Path
 def went_back(seen: list[int]) -> bool:
     """Whether the log was cut back while it was read, and had been written before."""
     return any(later < earlier for earlier, later in pairwise(seen)) and len(set(seen)) > STEPS // 2
+
+
+def report_often(path: Path) -> None:
+    for index in range(10):
+        (path / "recipe.yaml").write_text(f"seed: {index}\n", encoding="utf-8")
+        write_report(path)
+
+
+def test_two_reports_at_once_do_not_get_in_each_others_way(tmp_path: Path) -> None:
+    RunDirectory.create(tmp_path / "run", "seed: 0\n", {}).close()
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=report_often, args=(tmp_path / "run",)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert [path.name for path in (tmp_path / "run").glob(".report*")] == []

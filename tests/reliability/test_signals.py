@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import random
+import shutil
 import signal
 import time
 from collections import Counter
@@ -120,8 +121,14 @@ def stopped_and_gone_on(command, whole, folder: Path, number: int, seconds: floa
         assert process.code == 0, process.err
         return "finished before", 0.0
     process.signal(number)
-    took = stopped_well(process, run, signal.Signals(number).name)
+    took = process.end()
+    if process.code == 0:  # it came when the last thing was done
+        assert content(run) == whole[0]
+        return "finished before", took
+    stopped_well(process, run, signal.Signals(number).name)
+    assert took < SECONDS
     assert_goes_on(command, run, whole)
+    shutil.rmtree(folder)
     return at, took
 
 
