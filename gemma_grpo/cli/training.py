@@ -56,9 +56,11 @@ def train(
     say(f"adapter: {trainer.run_dir / 'adapter'}\nreport:  {path}")
 
 
-def train_reward(recipe: Recipe, overrides: Overrides = None, force: Force = False) -> None:
+def train_reward(
+    recipe: Recipe, overrides: Overrides = None, force: Force = False, allow_code: AllowCode = None, code_sha256: CodeHash = None
+) -> None:
     """Train only the reward adapter on the preference pairs, and measure it on held-out ones."""
-    trainer = _trainer(recipe, overrides)
+    trainer = _trainer(recipe, overrides, code=allowed_code(allow_code, code_sha256))
     calibration = trainer.train_reward(force=force)
     say(*reward_lines(calibration), f"reward adapter: {trainer.run_dir / 'reward'}")
 

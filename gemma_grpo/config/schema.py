@@ -65,7 +65,7 @@ class AdvantageSettings(Stage):
     aggregation: Literal["sum", "gdpo"] = "sum"
     """Several rewards: weighted sum first, or each normalised within its group first (GDPO)."""
     no_signal_steps: Annotated[int, Field(ge=0)] = 20
-    """Stop after so many steps in a row in which every group's rewards were equal, so that nothing was learned; 0 never stops."""
+    """Stop after so many steps in a row in which every group's rewards were equal, and fail when all of a run's were; 0 allows both."""
 
 
 class LossSettings(Stage):

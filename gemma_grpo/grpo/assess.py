@@ -106,9 +106,9 @@ def evaluate_policy(
         return {}
     before, after = (_evaluation_samples(engine, chosen, config, role) for role in _ROLES)
     with judge.keeping_logprobs(after, temperature=config.temperature) if judge is not None else nullcontext():
-        scores = [rewards.score(groups).rewards for groups in (before, after)]
+        stacks = [rewards.score(groups) for groups in (before, after)]
         kl = _sequence_kl(model, after, config, judge)
-    replies, skipped = [], 0
+    replies, skipped, scores = [], 0, [stack.rewards for stack in stacks]
     for n, prompt in enumerate(chosen):
         for g in range(config.evaluation.num_completions):
             first, second = scores[0][n][g], scores[1][n][g]
@@ -118,7 +118,8 @@ def evaluate_policy(
             pair = before[n].completions[g], after[n].completions[g]
             golds = [None if gold is None else gold(prompt, completion.text) for completion in pair]
             replies.append(EvaluatedReply(prompt, *pair, first, second, golds[0], golds[1], kl[n][g]))
-    return {**summarise(replies, seed=config.seed), "unscored": skipped} if replies else {"unscored": skipped}
+    told = {"unscored": skipped, "warnings": [text for stack in stacks for text in stack.warnings]}
+    return {**summarise(replies, seed=config.seed), **told} if replies else told
 
 
 def sample_in_chunks(engine: RolloutEngine, prompts: Sequence[Prompt], params: SamplingParams, rows: int) -> list[RolloutGroup]:

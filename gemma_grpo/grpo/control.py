@@ -249,7 +249,7 @@ class SpikeGuard:
 
 
 class Signal:
-    """Counts steps without anything to learn from: every group's rewards equal, or none scored. 0: never ends training."""
+    """Counts steps without anything to learn from: every group's rewards equal, or none scored. Patience 0: that is meant so."""
 
     def __init__(self, patience: int) -> None:
         self._patience = patience
@@ -269,7 +269,7 @@ class Signal:
     @property
     def never_there(self) -> bool:
         """Whether not one step had a signal: what was trained learned nothing from its reward."""
-        return self.steps > 0 and self.without == self.steps
+        return self._patience > 0 and self.without == self.steps > 0
 
     def state(self) -> dict[str, float]:
         """What a checkpoint keeps."""

@@ -160,6 +160,7 @@ class GRPOTrainer:
         with watchdog.phase("evaluation", asked):
             result = evaluate_policy(self.model, self.engine, self.rewards, prompts, self.config, gold, judge=self.stepper.judge)
         if result:
+            self._warn(*result.pop("warnings"))
             result["seconds"] = time.perf_counter() - started
             self.run.write_json("evaluation.json", result)
         self.run.event("phase", name="evaluation", seconds=time.perf_counter() - started)

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from gemma_grpo.escapes import printable
+from gemma_grpo.redact import redact
 from gemma_grpo.stopping import SIGNALS, check
 
 OUTPUT_LIMIT = 64 * 1024
@@ -172,7 +173,7 @@ class _Child:
         if sys.stderr is None or not self.printed:
             return
         text = self.printed.decode("utf-8", "replace")
-        shown = "\n".join(printable(line) for line in text.split("\n"))
+        shown = "\n".join(printable(line) for line in redact(text).split("\n"))
         end = "" if shown.endswith("\n") else "\n"
         more = f"... {self.num_left_out} bytes more left out\n" if self.num_left_out else ""
         with suppress(OSError, ValueError):  # a closed stderr must not cost the answer

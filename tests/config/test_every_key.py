@@ -273,7 +273,7 @@ def test_a_deadline_calls_the_reward_in_another_process(train_tiny, tmp_path) ->
 
 def test_a_failure_is_skipped_where_it_may_be_and_only_so_many(train_tiny) -> None:
     def failing(completions: list[Any], **columns: Any) -> list[Any]:
-        return [None, "good", *[0.5] * (len(completions) - 2)]  # one of six; None is an answer
+        return [None, "good", 0.1, *[0.5] * (len(completions) - 4), 0.2]  # one of six; None is an answer
 
     with pytest.raises(RewardError, match="returned 'good'"):
         train_tiny(reward=failing)

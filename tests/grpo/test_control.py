@@ -254,12 +254,20 @@ def test_a_signal_is_lost_after_so_many_steps_in_a_row() -> None:
 
 
 def test_a_signal_that_was_never_there_is_known_however_short_the_run() -> None:
-    signal = Signal(0)
+    signal = Signal(20)
     assert not signal.never_there  # no step, nothing to say
     signal.update(1.0)
     assert signal.never_there
-    assert not signal.lost  # 0: never ends training
+    assert not signal.lost
     signal.update(0.0)
+    assert not signal.never_there
+
+
+def test_with_patience_0_nothing_is_missed() -> None:
+    signal = Signal(0)
+    for _ in range(100):
+        signal.update(1.0)
+    assert not signal.lost
     assert not signal.never_there
 
 

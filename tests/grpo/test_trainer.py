@@ -20,6 +20,8 @@ from gemma_grpo.grpo.assess import EVALUATION_STEP
 from gemma_grpo.grpo.step import role_logprobs, sampling_params
 
 ROWS = Path(os.environ.get("HH_RLHF_DIR", "../shared/data/hh-rlhf"))
+FLAT = {"advantage.no_signal_steps": 0}
+"""Rewards may all be equal."""
 PROMPT_ROWS = [{"prompt": f"question {index}?", "answer": f"answer {index}"} for index in range(16)]
 METRIC = {"before", "after", "gain", "interval", "n"}
 
@@ -126,7 +128,7 @@ async def later(completion_ids, **columns):
     ids=["function", "coroutine", "name", "mapping", "zero-shot judge"],
 )
 def test_a_reward_is_a_function_a_name_or_a_mix(train_tiny, reward, names):
-    run = train_tiny(dataset=PROMPT_ROWS, reward=reward, max_steps=1)
+    run = train_tiny(dataset=PROMPT_ROWS, reward=reward, max_steps=1, **FLAT)
     logged = {name.split("/")[1] for name in run.lines("metrics.jsonl")[0] if name.startswith("rewards/")}
     assert logged == names
     assert set(run.lines("samples.jsonl")[0]["completions"][0]["parts"]) == names
@@ -149,7 +151,7 @@ def test_a_reward_function_gets_prompts_completions_and_the_rows_own_columns(tra
         seen.extend(zip(prompts, completions, completion_ids, answer, strict=True))
         return [float(len(ids)) for ids in completion_ids]
 
-    run = train_tiny(dataset=Dataset.from_list(PROMPT_ROWS), reward=check, max_steps=1)
+    run = train_tiny(dataset=Dataset.from_list(PROMPT_ROWS), reward=check, max_steps=1, **FLAT)
     assert len(seen) == 6  # 2 prompts x 3 completions
     for prompt, completion, ids, answer in seen:
         assert prompt[-1]["content"].removeprefix("question ").removesuffix("?") == answer.removeprefix("answer ")
@@ -162,7 +164,7 @@ def test_completions_nobody_scored_are_counted_and_teach_nothing(train_tiny):
     def half(completion_ids, **columns):
         return [float(len(ids)) if index % 3 else None for index, ids in enumerate(completion_ids)]
 
-    run = train_tiny(reward=half, max_steps=1)
+    run = train_tiny(reward=half, max_steps=1, **FLAT)
     assert run.metrics("unscored") == [2.0]
     for line in run.lines("samples.jsonl"):
         unscored, *scored = line["completions"]
@@ -172,7 +174,7 @@ def test_completions_nobody_scored_are_counted_and_teach_nothing(train_tiny):
 
 
 def test_a_step_without_any_difference_in_reward_is_said(train_tiny):
-    run = train_tiny(reward=lambda completions, **columns: [1.0] * len(completions), max_steps=1)
+    run = train_tiny(reward=lambda completions, **columns: [1.0] * len(completions), max_steps=1, **FLAT)
     assert run.metrics("frac_reward_zero_std") == [1.0]
     warnings = [line["text"] for line in run.lines("events.jsonl") if line["kind"] == "warn"]
     assert any("nothing was learned from rewards" in text for text in warnings)
@@ -211,7 +213,8 @@ def test_every_epoch_sees_every_prompt_once_in_an_order_of_its_own(train_tiny):
 
 def test_a_prompt_that_comes_again_is_answered_anew(train_tiny):
     # one prompt, equal rewards: the policy stays what it is, only the step's random numbers differ
-    run = train_tiny(reward=lambda completions, **columns: [1.0] * len(completions), max_steps=None, epochs=2, **{"data.max_prompts": 1})
+    settings = {"max_steps": None, "epochs": 2, "data.max_prompts": 1, **FLAT}
+    run = train_tiny(reward=lambda completions, **columns: [1.0] * len(completions), **settings)
     first, second = run.completions("text")
     assert first != second
     assert all(value.count_nonzero() == 0 for name, value in run.adapter().items() if "lora_B" in name)
@@ -289,7 +292,8 @@ def test_the_evaluation_is_of_reference_and_policy_and_their_distance(train_tiny
 
 def test_an_untrained_policy_evaluates_as_its_reference(train_tiny):
     # equal rewards: no gradient, so that policy and reference draw the same tokens from the same numbers
-    run = train_tiny(reward=lambda completions, **columns: [1.0] * len(completions), max_steps=1, **{"evaluation.num_prompts": 4})
+    settings = {"max_steps": 1, "evaluation.num_prompts": 4, **FLAT}
+    run = train_tiny(reward=lambda completions, **columns: [1.0] * len(completions), **settings)
     for name in ("reward", "win_rate", "kl", "length"):
         assert run.evaluation[name]["gain"] == pytest.approx(0.0, abs=1e-9)
     assert all(sample["before"] == sample["after"] for sample in run.evaluation["samples"])
@@ -338,7 +342,7 @@ def test_from_recipe_is_the_same_run(tiny_trainer, small_model_dir, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(map(json.dumps, PROMPT_ROWS)), encoding="utf-8")
     settings = {"model_name": str(small_model_dir), "dataset": str(rows), "reward": {"length": 1.0}, "num_generations": 3, "batch_size": 2}
-    settings |= {"gradient_accumulation_steps": 1, "max_steps": 1, "max_completion_length": 6, "evaluation.num_prompts": 2}
+    settings |= {"gradient_accumulation_steps": 1, "max_steps": 1, "max_completion_length": 6, "evaluation.num_prompts": 2, **FLAT}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(dump_recipe(build_config(settings)), encoding="utf-8")
     first = GRPOTrainer.from_recipe(recipe, {"output_dir": str(tmp_path / "first")})
