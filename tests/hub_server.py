@@ -130,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
         token = self.hub.tokens.get(sent)
         if path == "/api/whoami-v2":
             return self._send(200, token.facts) if token else self._refuse(_Refusal(401, WHO_ARE_YOU))
-        if asked := re.fullmatch(r"/api/(model|dataset)s/([\w.-]+/[\w.-]+)(/auth-check|/revision/\w+|/tree/\w+)?", path):
+        if asked := re.fullmatch(r"/api/(model|dataset)s/([\w.-]+/[\w.-]+)(/auth-check|/revision/\w+|/tree/\w+(?:/.+)?)?", path):
             return self._api(asked[1], asked[2], asked[3] or "", token)
         if asked := re.fullmatch(r"/(datasets/)?([\w.-]+/[\w.-]+)/resolve/\w+/(.+)", path):
             return self._file("dataset" if asked[1] else "model", asked[2], asked[3], token)
@@ -143,6 +143,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self._repository(kind, repo) is None:  # the gate does not hide what a repository is, only its files
             return self._refuse(self._missing(token))
         files = self.hub.repositories[repo].files
+        if what.count("/") > 2:  # no repository here has folders
+            return self._refuse(_Refusal(404, "Entry not found", "EntryNotFound"))
         if what.startswith("/tree/"):
             return self._send(200, [{"type": "file", "path": name, "size": len(data), "oid": _etag(data)} for name, data in files.items()])
         return self._send(200, {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})

@@ -171,7 +171,9 @@ def _hub_rows(hub_id: str) -> Iterator[Any]:
     except hub_errors(ValueError, datasets.exceptions.DatasetsError) as error:
         # datasets says "not found" for what is gated, private, offline or misspelt: the Hub itself is asked why
         problem = access_problem(hub_id, "dataset")
-        unreadable = DataError(f"Hub dataset {hub_id} could not be read ({_first_line(error)}). Give a file of its rows instead.")
+        reason = _first_line(error.__cause__ or error)  # datasets wraps what went wrong into "an error occurred"
+        remedy = "Run the command again; if that does not help, give a file of its rows instead."
+        unreadable = DataError(f"Hub dataset {hub_id} could not be read ({reason}). {remedy}")
         raise problem or unreadable from error
     return iter(_one_split(loaded, f"Hub dataset {hub_id}"))
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from gemma_grpo.cli import run
 from gemma_grpo.data.hh_rlhf import parse_pairs
 from gemma_grpo.data.inspection import pair_stats, percentiles, preview, prompt_stats
 from gemma_grpo.data.prompts import parse_prompts
@@ -55,3 +56,23 @@ def test_a_preview_shows_turns_replies_and_columns_without_control_characters():
         ("rejected", "bad"),
         ("topic", "['\\x1b']"),
     ]
+
+
+def test_stats_show_where_the_first_three_dropped_rows_of_each_reason_stand(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    rows = [pair("a", "b", "c"), *[{"text": "no pair"}] * 5, pair("a", "", "c")]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    expected = [f"{path}:2: not_a_pair", f"{path}:3: not_a_pair", f"{path}:4: not_a_pair", f"{path}:7: empty_final_reply"]
+    assert run(["data", "stats", str(path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-5:] == ["--- dropped, the first 3 of each reason", *expected]
+    assert run(["data", "stats", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["examples"] == expected
+
+
+def test_strict_stats_stop_at_the_first_row_that_would_be_dropped(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, [pair("a", "b", "c"), pair("a", "", "c")])), encoding="utf-8")
+    assert run(["data", "stats", str(path), "--strict"]) == 2
+    first, remedy = capsys.readouterr().err.splitlines()
+    assert first == f"error: {path}:2: empty_final_reply (chosen or rejected ends without a reply)."
+    assert remedy == "  Mend this row or take it out; without strict it is dropped and counted."
