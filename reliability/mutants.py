@@ -1,7 +1,7 @@
 """Plant one bug at a time in a copy of the code, and see the test that is there for it go red: `make mutants`, JSON out.
 
 A bug that no test notices survives; so does one whose text is no longer in the code. Exit code 1 where any did. The copy is made in a
-temporary folder; nothing here is changed. The bugs are in mutant_list.py.
+temporary folder; nothing here is changed. The bugs are in mutant_list.py and mutants_of_strangers.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 from bench.machine import commit, machine, versions
 from reliability.mutant_list import MUTANTS, Mutant
+from reliability.mutants_of_strangers import MUTANTS_OF_STRANGERS
 from reliability.writer_kills import RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("--only", help="mutants whose name contains this; writes no result")
     parser.add_argument("--out", type=Path, default=RESULTS / "mutants.json")
     options = parser.parse_args()
-    chosen = tuple(mutant for mutant in MUTANTS if options.only is None or options.only in mutant.name)
+    chosen = tuple(mutant for mutant in (*MUTANTS, *MUTANTS_OF_STRANGERS) if options.only is None or options.only in mutant.name)
     report = {"machine": machine(), "commit": commit(), "versions": versions(), **run(chosen)}
     print(f"{report['caught']} of {report['mutants']} caught")
     if options.only is None:
