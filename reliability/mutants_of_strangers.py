@@ -88,7 +88,8 @@ MUTANTS_OF_STRANGERS = (
     ),
     Mutant(
         "events hold secrets", "gemma_grpo/monitor/events.py",
-        '"kind": kind, **redact_all(fields)}', '"kind": kind, **fields}', "tests/test_redact.py::test_what_a_run_writes_of_texts_holds_no_secret",
+        '"kind": kind, **redact_all(fields)}', '"kind": kind, **fields}',
+        "tests/test_redact.py::test_what_a_run_writes_of_texts_holds_no_secret",
     ),
     Mutant(
         "a folder of pickled weights has its tokenizer loaded", "gemma_grpo/model/gemma.py",
@@ -112,7 +113,8 @@ MUTANTS_OF_STRANGERS = (
     ),
     Mutant(
         "a file system without locks is trusted", "gemma_grpo/monitor/events.py",
-        "if isinstance(lock, SoftFileLock):", "if False:", f"{_EVENTS}::test_a_file_system_without_locks_is_refused_and_nothing_is_left_there",
+        "if isinstance(lock, SoftFileLock):", "if False:",
+        f"{_EVENTS}::test_a_file_system_without_locks_is_refused_and_nothing_is_left_there",
     ),
     Mutant(
         "a place is not tried before the model loads", "gemma_grpo/monitor/durable.py",
@@ -124,7 +126,8 @@ MUTANTS_OF_STRANGERS = (
     ),
     Mutant(
         "a hangup is not heard", "gemma_grpo/stopping.py",
-        '*([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])', "", f"{_SIGNALS}::test_an_interrupt_and_a_hangup_are_requests_as_a_termination_is",
+        '*([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])', "",
+        f"{_SIGNALS}::test_an_interrupt_and_a_hangup_are_requests_as_a_termination_is",
     ),
     Mutant(
         "never stopping is not told", "gemma_grpo/grpo/explain.py",
