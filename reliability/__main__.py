@@ -1,0 +1,83 @@
+"""The figures of docs/reliability.md, from the JSON files that the scripts here wrote: `python -m reliability`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from reliability.writer_kills import RESULTS
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "reliability.md"
+BEGIN, END = "<!-- figures, written by python -m reliability -->\n", "<!-- figures: end -->\n"
+
+
+def table(results: Path = RESULTS) -> str:
+    """A row for each result there is: what was done, what came of it, and the command that does it again."""
+    rows = [(name, *row(read(results / f"{name}.json"))) for name, row in ROWS.items() if (results / f"{name}.json").is_file()]
+    lines = ["| What | Found | Command |", "|---|---|---|"]
+    lines += [f"| {what} | {found} | `python -m reliability.{name}` |" for name, what, found in rows]
+    return "\n".join(lines) + "\n"
+
+
+def read(path: Path) -> Mapping[str, Any]:
+    """One result."""
+    found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def trainer_kills(found: Mapping[str, Any]) -> tuple[str, str]:
+    moments = ", ".join(f"{name} {count}" for name, count in found["killed_while"].items())
+    runs = len(found["kills_of_each_run"])
+    what = f"{found['kills']:,} SIGKILLs of {runs} whole runs of {found['steps_of_a_run']} steps ({moments})"
+    return what, f"{found['mismatches']} of {found['files_compared'] * runs:,} files differ from the undisturbed run's"
+
+
+def writer_kills(found: Mapping[str, Any]) -> tuple[str, str]:
+    middle = f"{found['killed_in_the_middle_of_a_save']:,} in the middle of a save"
+    return f"{found['kills']:,} SIGKILLs of a process that saves, {middle}", f"{found['bad_states']} bad states"
+
+
+def fuzz_parser(found: Mapping[str, Any]) -> tuple[str, str]:
+    return f"{found['runs']:,} inputs to the parser of rows ({found['fuzzer']})", f"{found['crashes']} crashes or broken laws"
+
+
+def mutants(found: Mapping[str, Any]) -> tuple[str, str]:
+    return f"{found['mutants']} planted bugs, one at a time", f"{found['caught']} seen by the test that is there for them"
+
+
+def checkpoint_cost(found: Mapping[str, Any]) -> tuple[str, str]:
+    share, stop = found["share"], found["stop_seconds"]
+    shares = f"{share['median']:.2%} of the step's time ({share['min']:.2%} to {share['max']:.2%})"
+    ends = f"SIGTERM to the end {stop['median']:.1f} s ({stop['min']:.1f} to {stop['max']:.1f})"
+    return "a checkpoint after every step, and stops, on the 270m shape", f"{shares}; {ends}"
+
+
+ROWS = {
+    "trainer_kills": trainer_kills,
+    "writer_kills": writer_kills,
+    "fuzz_parser": fuzz_parser,
+    "mutants": mutants,
+    "checkpoint_cost": checkpoint_cost,
+}
+"""Result -> its row."""
+
+
+def with_table(document: str, text: str) -> str:
+    """The document with the text between the marks. Raises ValueError where it has none."""
+    head, begin, rest = document.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"docs/reliability.md has no place for the figures. Put {BEGIN.strip()!r} and {END.strip()!r} where they belong.")
+    return f"{head}{begin}{text}{end}{tail}"
+
+
+def main() -> None:
+    """Print the table and write it to the document."""
+    print(table(), end="")
+    DOCUMENT.write_text(with_table(DOCUMENT.read_text(encoding="utf-8"), table()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
