@@ -225,7 +225,7 @@ def test_the_reward_adapters_training_goes_on_after_its_last_update(
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "planning cycle": {"planning_steps": 4, "kl.step_limit": None},
-    "accumulation": {"gradient_accumulation_steps": 3, "memory.token_budget": 150},
+    "accumulation": {"gradient_accumulation_steps": 3, "memory.token_budget": 150, "epochs": 9.0},
     "epoch boundary and a short last batch": {"data.max_prompts": 5, "epochs": 9.0, "max_steps": 7},
     "KL controller": {"kl.ref_target": 0.001, "kl.hard_stop_steps": 0},
     "KL in the reward": {"kl.placement": "reward", "advantage.scale": "none"},
