@@ -25,7 +25,7 @@ from gemma_grpo.monitor.events import RunDirectory
 
 MAY_CHANGE = (
     *("epochs", "max_steps", "max_minutes", "save_steps", "keep_checkpoints"),
-    *("evaluation.", "memory.", "watchdog.", "reward_function."),
+    *("evaluation.", "memory.", "watchdog.", "reward_function.", "data.strict"),
 )
 """Settings that leave the steps already made as they are; a dot at the end stands for a whole section."""
 
