@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from gemma_grpo.config import ConfigError, GRPOConfig, build_config, dump_recipe, find_recipe, load_recipe, parse_overrides
+from gemma_grpo.escapes import printable
 
 
 def names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -80,7 +81,7 @@ def check_refused(error: ConfigError, origins: set[str]) -> None:
         assert problem.origin in origins
         assert line == str(problem)
         assert problem.line is None or problem.line >= 1
-        assert line.isprintable()
+        assert printable(line) == line  # nothing in it that a screen would obey
         assert problem.what.rstrip().endswith((".", "?", "]", "'", "`", ")")), problem.what
 
 
