@@ -200,7 +200,7 @@ def assert_failed_cleanly(folder: Path, error: type[Exception], steps: int) -> N
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in metrics] == list(range(1, steps + 1))
     left = everything_in(folder)
-    assert not any(name in left for name in ("adapter", "evaluation.json", "reward"))
+    assert not any(name in left for name in ("adapter", "evaluation.json", "reward/calibration.json", "reward/adapter_config.json"))
     assert not any(".saving" in name or ".tmp" in name or ".writer" in name for name in left)
     RunDirectory.open(folder).close()  # nobody holds it any more
 
