@@ -12,7 +12,7 @@ import time
 import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -93,7 +93,8 @@ def _watch(state: _State, say: Say, over: threading.Event) -> None:
         if waiting is None or time.monotonic() - waiting.started < waiting.tell_after:
             continue
         stack = _stack(state.thread)
-        say(_told(state, waiting, stack), stack)
+        with suppress(Exception):  # a full disk must not end the watching
+            say(_told(state, waiting, stack), stack)
         waiting.tell_after *= 2
 
 

@@ -64,9 +64,9 @@ class AdaptiveBeta:
         return self._kl_sum / self._kl_weight if self._kl_weight else 0.0
 
     def update(self, kl: float) -> float:
-        """Take in one step's KL to the reference and return the weight for the next step. Raises ValueError if it is not finite."""
+        """Take in one step's KL to the reference and return the weight for the next step. Raises FloatingPointError if it is not finite."""
         if not math.isfinite(kl):
-            raise ValueError(f"The KL to the reference is {kl}, so beta cannot follow it. Lower learning_rate or kl.step_limit.")
+            raise FloatingPointError(f"The KL to the reference is {kl}, so beta cannot follow it. Lower learning_rate or kl.step_limit.")
         # The weights are summed beside the values, so that the first steps are not averaged with a zero nobody measured.
         self._kl_sum = SMOOTHING * self._kl_sum + (1 - SMOOTHING) * kl
         self._kl_weight = SMOOTHING * self._kl_weight + (1 - SMOOTHING)

@@ -6,6 +6,8 @@ folder is written so that nothing is lost is checkpoint.py's, whether a run may 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,9 +28,11 @@ from gemma_grpo.types import Prompt
 class Keeper:
     """Saves and restores what `stepper` and its updater have in memory."""
 
-    def __init__(self, run: RunDirectory, config: GRPOConfig, stepper: Stepper) -> None:
+    def __init__(self, run: RunDirectory, config: GRPOConfig, stepper: Stepper, calibration: Mapping[str, Any]) -> None:
         self.run, self.stepper, self.keep = run, stepper, config.keep_checkpoints
         self.origin = origin(run, config, stepper.model.checksums)
+        if calibration:
+            self.origin["reward adapter"] = _digest(stepper.model.adapter_files("reward"), calibration)
         self.saved_step = 0
         """Finished steps in the last checkpoint."""
 
@@ -55,12 +59,15 @@ class Keeper:
         """
         under_way = self.stepper.under_way
         try:
-            if self.stepper.updater.intact and (step > self.saved_step or under_way is not None):
+            if not self.stepper.updater.intact or self.stepper.half_counted:
+                inside = f"the weights are in the middle of step {step + 1}"
+                return f"nothing was saved, as {inside}: the last checkpoint is step {self.saved_step}'s"
+            if step > self.saved_step or under_way is not None:
                 path = self.save(step, under_way)
                 if isinstance(error, FloatingPointError):
                     error.args = (" ".join([str(error), *self._where_to_look(path)]),)
         except Exception as failure:
-            return f"step {step} was not saved: {failure}"
+            return f"while step {step} was saved: {failure}"
         return None
 
     def _where_to_look(self, path: Path) -> Iterator[str]:
@@ -114,9 +121,14 @@ class RewardKeeper:
         try:
             training.run(after_update)
         except BaseException:
-            if training.made > saved:
-                self._save(training)
+            if training.made > saved and training.intact:
+                try:
+                    self._save(training)
+                except Exception as failure:  # must not take the place of why it ended
+                    self.warn(f"the reward adapter's updates {saved + 1} to {training.made} were not saved: {failure}")
             raise
+        if training.made > saved:
+            self._save(training)  # measuring is still to come, and may be stopped
 
     def _restore(self, training: RewardTraining) -> None:
         sweep(self.folder)
@@ -156,3 +168,11 @@ def check_origin(checkpoint: Checkpoint, expected: Mapping[str, str]) -> None:
             f"{checkpoint.path} is of another run: its {' and '.join(other)} are not this run's. Put this run's own checkpoint back, "
             "or start a new run in another output_dir."
         )
+
+
+def _digest(files: Mapping[str, bytes], calibration: Mapping[str, Any]) -> str:
+    """Of what a trained judge scores with."""
+    digest = hashlib.sha256(json.dumps(calibration, sort_keys=True).encode())
+    for name in sorted(files):
+        digest.update(hashlib.sha256(files[name]).digest())
+    return digest.hexdigest()

@@ -162,9 +162,11 @@ def finished_run(config: GRPOConfig) -> tuple[RunDirectory, int, dict[str, Any]]
         return None
     folder = Path(config.output_dir)
     try:
-        info, evaluation = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("run.json", "evaluation.json"))
+        info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         if info["status"] != "finished" or _settings(load_recipe(folder / "recipe.yaml")) != _settings(config):
             return None
+        text = (folder / "evaluation.json").read_text(encoding="utf-8") if config.evaluation.num_prompts else "{}"
+        evaluation = json.loads(text)
     except (OSError, ValueError, KeyError, TypeError):  # whatever is wrong with it will be said on the way to going on
         return None
     with RunDirectory.open(folder) as run:

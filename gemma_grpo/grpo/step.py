@@ -57,6 +57,8 @@ class Stepper:
         """What the step had that was broken off last; None between steps."""
         self.reward_warnings: tuple[str, ...] = ()
         """What the rewards of the last step skipped, in sentences."""
+        self.half_counted = False
+        """The update is made and the step is not: no checkpoint can say so."""
         self._doing = ""
 
     def train_step(
@@ -71,16 +73,20 @@ class Stepper:
         groups, scores, batch = now.groups, now.scores, now.batch
         assert scores is not None
         assert batch is not None
+        tokens = self.num_tokens + int(batch.completion_mask.sum())
+        measured = {**reward_metrics(scores), **length_metrics(groups)}
+        scored = scored_groups(groups, scores, batch.advantages)
         with self._phase("update", seconds):
             try:
                 metrics = self.updater.update(batch, step, now.passes)  # planning_steps x micro-batches
             except BaseException:
                 self.under_way = replace(now, passes=self.updater.passes)
                 raise
-        self.under_way, self.reward_warnings = None, scores.warnings
-        self.num_tokens += int(batch.completion_mask.sum())
-        measured = {**reward_metrics(scores), **length_metrics(groups), **metrics, "num_tokens": float(self.num_tokens)}
-        return StepRecord(step + 1, seconds, measured), scored_groups(groups, scores, batch.advantages)
+            self.half_counted = True
+        self.under_way, self.reward_warnings, self.num_tokens = None, scores.warnings, tokens
+        record = StepRecord(step + 1, seconds, {**measured, **metrics, "num_tokens": float(tokens)})
+        self.half_counted = False
+        return record, scored
 
     def _rollout(self, prompts: Sequence[Prompt], step: int, seconds: dict[str, float]) -> list[RolloutGroup]:
         with self._phase("rollout", seconds):

@@ -6,48 +6,36 @@ Owns the order of things and what goes into the run directory. How each part is 
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gemma_grpo import watchdog
 from gemma_grpo.checkpoint import Checkpoint, saving
-from gemma_grpo.config import GRPOConfig, build_config, dump_recipe, load_recipe
+from gemma_grpo.config import build_config, load_recipe
 from gemma_grpo.data.prompts import order
-from gemma_grpo.grpo import preflight, resuming
+from gemma_grpo.grpo import resuming
 from gemma_grpo.grpo.assess import evaluate_policy, judge_warnings, train_and_measure_reward
 from gemma_grpo.grpo.explain import CUT_OFF_STEPS, NoSignalError, never_stops, no_signal, step_warnings
 from gemma_grpo.grpo.keeping import Keeper, RewardKeeper
-from gemma_grpo.grpo.progress import StepUnderWay
+from gemma_grpo.grpo.preparation import Preparation
 from gemma_grpo.grpo.setup import (
     TRAINED,
     ZERO_SHOT,
-    Rows,
     build_reward_stack,
-    build_training_data,
     given_functions,
     gold_margin,
     known_gold,
-    load_rows,
-    reward_weights,
     zero_shot_judge,
 )
 from gemma_grpo.grpo.step import Stepper
-from gemma_grpo.grpo.update import PolicyUpdater
-from gemma_grpo.model.gemma import Gemma
-from gemma_grpo.model.memory import TokenBudget, release
-from gemma_grpo.monitor.events import RunDirectory
-from gemma_grpo.monitor.terminal import ProgressView
-from gemma_grpo.planner import Plan, find_shape
+from gemma_grpo.model.memory import release
+from gemma_grpo.monitor.events import RunDirectory, RunDirectoryError
+from gemma_grpo.planner import find_shape
 from gemma_grpo.profile.recorder import PROFILE, PhaseWork, Profiler
-from gemma_grpo.rollout.local import LocalEngine
-from gemma_grpo.shapes import known_shapes
-from gemma_grpo.stopping import interruptible, listening
 from gemma_grpo.types import Prompt, ScoredGroup, StepRecord
 
 GIVEN_ROWS, CALIBRATION = "rows given in Python", "calibration.json"
@@ -55,7 +43,7 @@ PROBE_PROMPTS = 8
 """What a float16 base must hold with headroom before anything is trained."""
 
 
-class GRPOTrainer:
+class GRPOTrainer(Preparation):
     """Fine-tunes a Gemma 3 on preferences: `GRPOTrainer(model_name=..., dataset=...).train()`.
 
     Every setting of GRPOConfig is a keyword, nested ones as a mapping or dotted ("kl.beta"). `dataset` may also be rows or a
@@ -94,29 +82,7 @@ class GRPOTrainer:
         trainer._build_rewards()
         return trainer
 
-    def _set_up(self, config: GRPOConfig, dataset: Any, reward: Any, view: Any) -> None:
-        self.config = config
-        self.view = view if view is not None else ProgressView()
-        self._dataset = config.dataset if dataset is None else dataset
-        self._function = reward  # or functions by name
-        self.code: dict[str, Any] = {}  # for run.json: the file that functions by name came from, and its hash
-        self.weights = reward_weights(reward, config)
-        self._run: RunDirectory | None = None
-        self._rows: Rows | None = None
-        self._calibration: dict[str, Any] = {}
-        self._prepared, self._for_reward_alone = False, False
-        self._profiler: Profiler | None = None
-        self.step = 0
-        self._begun: StepUnderWay | None = None
-
     # ---- what a user calls
-
-    def plan(self, card: str | None = None) -> Plan:
-        """What this run will hold in memory, phase by phase, and whether it fits here or on a named card such as "t4"; loads no model."""
-        rewards = {*(() if callable(self._function) else self.weights), *((TRAINED,) if self._for_reward_alone else ())}
-        recorded = {} if self._run is None else self._run.read_run().get("plan", {})
-        num_prompts = len(self.data.prompts) if self._prepared else None
-        return replace(preflight.plan_for(self.config, rewards, recorded, card), num_prompts=num_prompts)
 
     def train(self, resume_from_checkpoint: bool | None = None, *, force: bool = False, profile: bool = False) -> dict[str, Any]:
         """The whole road: reward adapter (when the reward is the trained judge), GRPO, evaluation. Returns the evaluation.
@@ -126,6 +92,8 @@ class GRPOTrainer:
         this machine and writes profile.json: where the time went, beside what the machine could do.
         """
         started = time.perf_counter()
+        if self._run is not None and resume_from_checkpoint:
+            self._forget()
         done = resuming.finished_run(self.config) if resume_from_checkpoint else None
         if done is not None:
             self._run, steps, evaluation = done
@@ -145,11 +113,17 @@ class GRPOTrainer:
             self.save_model(self.run.adapter)
             return self.evaluate()
 
-    def train_reward(self, *, force: bool = False) -> dict[str, Any]:
-        """Only the reward adapter: trained on the pairs, measured on held-out ones, written to the run's reward folder."""
+    def train_reward(self, resume_from_checkpoint: bool | None = None, *, force: bool = False) -> dict[str, Any]:
+        """Only the reward adapter: trained on the pairs, measured on held-out ones, written to the run's reward folder.
+
+        With resume_from_checkpoint the training in output_dir goes on after its last saved update; one that is over is left as it is.
+        """
         self._for_reward_alone = True
-        with self._running(resume=False, force=force):
-            return self._train_reward()
+        with self._running(resume=bool(resume_from_checkpoint), force=force):
+            path = self.run.reward / CALIBRATION
+            calibration = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else self._train_reward()
+        self._may_go_on = True
+        return calibration
 
     def evaluate(self) -> dict[str, Any]:
         """Before (adapters off) and after on held-out prompts; written to evaluation.json."""
@@ -178,35 +152,27 @@ class GRPOTrainer:
         prompts, counts = self._prompts_of_step(0)[:2], dict(self.data.counts)
         return {"plan": self.plan(), "steps": self.total_steps, "counts": counts, "rewards": dict(self.weights), "prompts": prompts}
 
-    @property
-    def run(self) -> RunDirectory:
-        """The run directory; there once training or evaluation has begun."""
-        if self._run is None:
-            raise ValueError("this trainer has no run directory yet. Call train() first, or GRPOTrainer.from_run(folder).")
-        return self._run
-
-    @property
-    def run_dir(self) -> Path:
-        """Folder of the run."""
-        return self.run.path
-
     def _loop(self) -> None:
         self.view.phase("training", f"{self.plan().product}; {len(self.data.prompts)} prompts, {self.total_steps} steps")
         counted = self.updater.counted
         if self._profiler:
             self._profiler.begin(self.step)
         hard_stop, signal = self.updater.hard_stop, self.updater.signal
+        if hard_stop.reached and self.step < self.total_steps:
+            self._warn(f"kl.hard_stop_steps ended this run at step {self.step}: it makes no further one")
         while self.step < self.total_steps and not hard_stop.reached and not signal.lost:
             record, scored = self._step_or_save()
             self.step += 1
-            self.run.append_step(record, scored)
-            self.view.step(record, self.total_steps, group=scored[0])
-            last = self.run.last_metrics(CUT_OFF_STEPS + 1)  # of the log, which a resumed run has too
-            self._warn(*step_warnings(record, self.config, counted), *never_stops(last, self.config), *self.stepper.reward_warnings)
-            counted = self.updater.counted
             signal.update(record.metrics["frac_reward_zero_std"])
-            if self.updater.over_budget():
-                self._warn(f"the KL to the reference stayed above twice kl.ref_target: stopped at step {record.step}. Raise kl.beta.")
+            stopped = self.updater.over_budget()
+            self.run.append_step(record, scored)  # from here on the step is whole, and can be saved
+            with self._saved_if_it_fails():
+                self.view.step(record, self.total_steps, group=scored[0])
+                last = self.run.last_metrics(CUT_OFF_STEPS + 1)  # of the log, which a resumed run has too
+                self._warn(*step_warnings(record, self.config, counted), *never_stops(last, self.config), *self.stepper.reward_warnings)
+                if stopped:
+                    self._warn(f"the KL to the reference stayed above twice kl.ref_target: stopped at step {record.step}. Raise kl.beta.")
+            counted = self.updater.counted
             due = self.config.save_steps and self.step % self.config.save_steps == 0
             if due or hard_stop.reached or signal.lost or self.step == self.total_steps:
                 self.keeper.save(self.step)
@@ -218,24 +184,19 @@ class GRPOTrainer:
     def _step_or_save(self) -> tuple[StepRecord, list[ScoredGroup]]:
         """One step; what ends it early, a request or an error, must not cost the finished ones, nor what it had itself."""
         begun, self._begun = self._begun, None
-        try:
+        with self._saved_if_it_fails():
             return self.stepper.train_step(self._prompts_of_step(self.step), self.step, begun)
+        raise AssertionError("not reached")
+
+    @contextmanager
+    def _saved_if_it_fails(self) -> Iterator[None]:
+        try:
+            yield
         except BaseException as error:
             not_kept = self.keeper.save_after(error, self.step)
             if not_kept:
                 self.view.warn(not_kept)
             raise
-
-    def _warn(self, *texts: str) -> None:
-        for text in texts:
-            self.run.event("warn", text=text)
-            self.view.warn(text)
-
-    def _late(self, text: str, stack: Sequence[str]) -> None:
-        """From the watchdog's thread."""
-        if self._run is not None:
-            self._run.event("late", text=text, stack=list(stack))
-        self.view.warn(text)
 
     # ---- before and after the loop
 
@@ -252,94 +213,11 @@ class GRPOTrainer:
             yield
         finally:
             profile, self._profiler = self._profiler.to_dict(), None
-            self.run.write_json(PROFILE, profile)
-            self.view.profile(profile)
-
-    @contextmanager
-    def _running(self, *, resume: bool, force: bool) -> Iterator[None]:
-        """Everything a run needs, in the order in which it can fail cheaply; the outcome in run.json whatever happens."""
-        watchdog_settings = self.config.watchdog.model_dump()
-        with self.view, listening(self.config.max_minutes), watchdog.watching(self._late, **watchdog_settings):
             try:
-                with interruptible(), watchdog.phase("loading", self.config.model_name):
-                    if self._run is None:
-                        self._open_run(resume=resume, force=force)
-                    self._prepare(force=force)
-                if resume:
-                    resuming.check_data(self.run, self.data, self.config.dataset)
-                resuming.check_base(self.run, self.config.model_name, self.model.checksums)
-                self.run.event("start", resume=resume)
-                yield
-            except BaseException as error:
-                if self._run is not None:
-                    self.run.ended(self.step, error)
-                raise
-            else:
-                self.run.ended(self.step)
-            finally:
-                if self._run is not None:
-                    self.run.close()
-
-    def _open_run(self, *, resume: bool, force: bool) -> None:
-        config = self.config
-        self._read_rows(force=force or resume)  # a run that goes on is planned with what it recorded
-        if resume:
-            self._run, notes = resuming.opened_run(config)
-            self._run.update_run(status="running", ended=None, error=None, **self.code)
-            self._warn(*notes)
-            return
-        RunDirectory.check(path := preflight.run_path(config))
-        self._prepare(force=force)
-        info = preflight.run_info(config, self.data, self.precision, self.plan()) | self.code
-        adapter = sum(weight.numel() * weight.element_size() for weight in self.model.adapter_parameters("policy").values())
-        needed = preflight.bytes_to_write(config, adapter, 0 if self._for_reward_alone else self.total_steps)
-        self._run = RunDirectory.create(path, dump_recipe(config), info, needed_bytes=needed)
-
-    def _prepare(self, *, force: bool) -> None:
-        """Plan the memory, load the model, tokenise the data, lay out the steps; once."""
-        if self._prepared:
-            return
-        config = self.config
-        rows = self._read_rows(force=force)
-        if self._must_train_reward:
-            preflight.check_reward_can_be_had(rows, config)
-        plan = self.plan()
-        preflight.refuse_unless_it_fits(plan, force=force)
-        self.view.note(plan.summary)
-        preflight.hold_to_limit(config)
-        self.view.phase("loading", config.model_name)
-        self.model = Gemma.load(
-            config.model_name, lora=config.lora, precision=config.precision, quantization=config.quantization, seed=config.seed
-        )
-        if config.gradient_checkpointing:
-            self.model.enable_gradient_checkpointing()
-        self.model.budget = TokenBudget(plan.token_budget)
-        self.engine = LocalEngine(self.model, plan.kv_token_budget)
-        self.data = build_training_data(rows, self.model, config)
-        # a run that goes on keeps the divisor it began with, whatever its first prompts would say now
-        recorded = {} if self._run is None else self._run.read_run().get("precision", {})
-        probes = [prompt.token_ids for prompt in self.data.prompts[:PROBE_PROMPTS]]
-        probed = self.model.fit_precision(probes, divisor=recorded.get("divisor"))
-        self.precision = {"dtype": str(self.model.dtype).removeprefix("torch."), "quantization": config.quantization, **probed}
-        self.steps_per_epoch = math.ceil(len(self.data.prompts) / config.prompts_per_step)
-        steps = math.ceil(config.epochs * self.steps_per_epoch)
-        self.total_steps = steps if config.max_steps is None else min(steps, config.max_steps)
-        self.updater = PolicyUpdater(self.model, config, self.total_steps)
-        if self._must_train_reward:
-            preflight.check_pairs_are_left(rows, self.data, config)
-        self._prepared = True
-
-    def _read_rows(self, *, force: bool) -> Rows:
-        """The dataset's rows, read once. A released model's size is known without asking anybody: what cannot fit reads none."""
-        if self._rows is None:
-            if self.config.model_name in known_shapes():
-                preflight.refuse_unless_it_fits(self.plan(), force=force)
-            self._rows = load_rows(self._dataset, self.config.data.source, strict=self.config.data.strict)
-        return self._rows
-
-    @property
-    def _must_train_reward(self) -> bool:
-        return (TRAINED in self.weights or self._for_reward_alone) and self.config.reward_model.path is None
+                self.run.write_json(PROFILE, profile)
+            except RunDirectoryError as error:  # must not take the place of why the run ended
+                self.view.warn(str(error))
+            self.view.profile(profile)
 
     def _prompts_of_step(self, step: int) -> Sequence[Prompt]:
         epoch, index = divmod(step, self.steps_per_epoch)
@@ -386,7 +264,7 @@ class GRPOTrainer:
         self.rewards = build_reward_stack(self._function, self.weights, self.model, self.config, mean, judge=judge)
         clock = self._profiler.clock if self._profiler else time.perf_counter
         self.stepper = Stepper(self.model, self.engine, self.rewards, self.updater, self.config, judge=judge, clock=clock)
-        self.keeper = Keeper(self.run, self.config, self.stepper)
+        self.keeper = Keeper(self.run, self.config, self.stepper, self._calibration)
 
     def _go_on_from(self, checkpoint: Checkpoint | None) -> None:
         self._warn(*resuming.differences(self.run))
@@ -396,5 +274,10 @@ class GRPOTrainer:
             return
         self._begun = self.keeper.restore(checkpoint, self._prompts_of_step(checkpoint.step))
         self.step = checkpoint.step
+        if self.step >= self.total_steps and self._begun is not None and self._begun.passes is not None and self._begun.passes.count > 1:
+            raise resuming.ResumeError(
+                f"{checkpoint.path} is in the middle of step {self.step + 1}: its weights have some of that step's passes. "
+                f"These settings end at step {self.total_steps}; give max_steps={self.step + 1} or more."
+            )
         restored = f"adapter, optimizer, controllers and data position{', and what the next step had' if self._begun else ''}"
         self.view.note(f"resumed {checkpoint.path.name}: {restored}; {self.step}/{self.total_steps} steps")

@@ -72,6 +72,7 @@ class PolicyUpdater:
         Whatever ends it early leaves weights, optimizer and controllers as they were after its last whole pass, which `passes` then
         holds: a request to stop, an error, or a number that is not finite, which raises FloatingPointError.
         """
+        self.passes = made  # of this update, whatever fails from here on
         snapshot = None if made is None else self.optimizer.snapshot()
         self._point = _Point(snapshot, self._controller_states(), self.model.budget.tokens, made)
         try:

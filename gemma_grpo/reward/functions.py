@@ -20,7 +20,7 @@ from typing import Any
 from gemma_grpo.config.schema import RewardFunctionSettings
 from gemma_grpo.reward.base import Fault, RewardError, Scores, Skipped, check_flat
 from gemma_grpo.reward.isolated import LateError, NoAnswerError, call_isolated
-from gemma_grpo.stopping import interruptible
+from gemma_grpo.stopping import check, interruptible
 from gemma_grpo.types import RolloutGroup
 
 OWN_ARGUMENTS = ("prompts", "completions", "completion_ids")
@@ -126,7 +126,10 @@ class FunctionReward:
         timeout = self.settings.timeout
         if timeout is None:
             with interruptible():
-                return self._answer(arguments, groups)
+                answer = self._answer(arguments, groups)
+            if answer.faults:
+                check()  # a function that was left at once may have made an error of its own out of that
+            return answer
         try:
             return _received(call_isolated(lambda: _sent(self._answer(arguments, groups)), timeout), groups)
         except NoAnswerError as error:

@@ -49,6 +49,8 @@ class RewardTraining:
         self.updates = -(-len(self.order) // settings.batch_size)
         self.made = 0
         """Updates made."""
+        self.intact = True
+        """Whether weights and optimizer are those after `made` updates."""
         self.optimizer = AdapterOptimizer(judge.model.adapter_parameters("reward"), betas=(0.9, 0.99))
         self.scale = LossScale(judge.model.dtype)
 
@@ -77,7 +79,12 @@ class RewardTraining:
             raise FloatingPointError(f"reward adapter: a gradient is not finite at update {update + 1}. Lower reward_model.learning_rate.")
         for tensor in gradient:
             tensor.mul_((1.0 / (norm + 1e-6)).clamp(max=1.0))
+        self.intact = False
         self.optimizer.apply(gradient, self.learning_rate(update))
+        broken = self.optimizer.not_finite()
+        if broken is not None:
+            raise FloatingPointError(f"reward adapter: update {update + 1} makes {broken} not finite. Lower reward_model.learning_rate.")
+        self.intact = True
         return loss, rewards
 
     def _gradient(self, pairs: Sequence[EncodedPair]) -> tuple[list[Tensor], float, Float[Tensor, "N 2"]]:

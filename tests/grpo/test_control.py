@@ -67,7 +67,7 @@ def test_a_beta_the_controller_may_not_have_is_refused(beta: float) -> None:
 
 
 def test_a_kl_that_is_no_number_is_refused() -> None:
-    with pytest.raises(ValueError, match="KL to the reference is nan"):
+    with pytest.raises(FloatingPointError, match="KL to the reference is nan"):
         adaptive_beta().update(nan)
 
 

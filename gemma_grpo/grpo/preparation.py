@@ -1,0 +1,187 @@
+"""What a run stands on before its first step: rows, plan, model, data and run directory, in the order in which they can fail cheaply.
+
+Owns that order, and the run's outcome whatever happens. What is done with it all is trainer.py's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gemma_grpo import watchdog
+from gemma_grpo.config import GRPOConfig, dump_recipe
+from gemma_grpo.grpo import preflight, resuming
+from gemma_grpo.grpo.progress import StepUnderWay
+from gemma_grpo.grpo.setup import TRAINED, Rows, build_training_data, load_rows, reward_weights
+from gemma_grpo.grpo.update import PolicyUpdater
+from gemma_grpo.model.gemma import Gemma
+from gemma_grpo.model.memory import TokenBudget
+from gemma_grpo.monitor.events import RunDirectory
+from gemma_grpo.monitor.terminal import ProgressView
+from gemma_grpo.planner import Plan
+from gemma_grpo.profile.recorder import Profiler
+from gemma_grpo.rollout.local import LocalEngine
+from gemma_grpo.shapes import known_shapes
+from gemma_grpo.stopping import interruptible, listening
+
+PROBE_PROMPTS = 8
+"""What a float16 base must hold with headroom before anything is trained."""
+
+
+class Preparation:
+    """A trainer's own settings, and what is made of them once."""
+
+    def _set_up(self, config: GRPOConfig, dataset: Any, reward: Any, view: Any) -> None:
+        self.config = config
+        self.view = view if view is not None else ProgressView()
+        self._dataset = config.dataset if dataset is None else dataset
+        self._function = reward  # or functions by name
+        self.code: dict[str, Any] = {}  # for run.json: the file that functions by name came from, and its hash
+        self.weights = reward_weights(reward, config)
+        self._run: RunDirectory | None = None
+        self._rows: Rows | None = None
+        self._calibration: dict[str, Any] = {}
+        self._prepared, self._for_reward_alone, self._may_go_on = False, False, False
+        self._profiler: Profiler | None = None
+        self.step = 0
+        self._begun: StepUnderWay | None = None
+
+    def plan(self, card: str | None = None) -> Plan:
+        """What this run will hold in memory, phase by phase, and whether it fits here or on a named card such as "t4"; loads no model."""
+        rewards = {*(() if callable(self._function) else self.weights), *((TRAINED,) if self._for_reward_alone else ())}
+        recorded = {} if self._run is None else self._run.read_run().get("plan", {})
+        num_prompts = len(self.data.prompts) if self._prepared else None
+        return replace(preflight.plan_for(self.config, rewards, recorded, card), num_prompts=num_prompts)
+
+    @property
+    def run(self) -> RunDirectory:
+        """The run directory; there once training or evaluation has begun."""
+        if self._run is None:
+            raise ValueError("this trainer has no run directory yet. Call train() first, or GRPOTrainer.from_run(folder).")
+        return self._run
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run."""
+        return self.run.path
+
+    @contextmanager
+    def _running(self, *, resume: bool, force: bool) -> Iterator[None]:
+        """Everything a run needs, in the order in which it can fail cheaply; the outcome in run.json whatever happens."""
+        watchdog_settings = self.config.watchdog.model_dump()
+        with self.view, listening(self.config.max_minutes), watchdog.watching(self._late, **watchdog_settings):
+            try:
+                with interruptible(), watchdog.phase("loading", self.config.model_name):
+                    if self._run is None:
+                        self._open_run(resume=resume, force=force)
+                    else:
+                        self._reopen()
+                    self._prepare(force=force)
+                if resume:
+                    resuming.check_data(self.run, self.data, self.config.dataset)
+                resuming.check_base(self.run, self.config.model_name, self.model.checksums)
+                self.run.event("start", resume=resume)
+                yield
+            except BaseException as error:
+                if self._run is not None:
+                    self.run.ended(self.step, error)
+                raise
+            else:
+                self.run.ended(self.step)
+            finally:
+                if self._run is not None:
+                    self.run.close()
+
+    def _forget(self) -> None:
+        """Begin with what is on the disk: what is in memory may be in the middle of a step."""
+        self.run.close()
+        self.config = self.config.model_copy(update={"output_dir": str(self.run.path)})
+        for name in ("model", "engine", "data", "updater", "stepper", "rewards", "keeper"):
+            vars(self).pop(name, None)
+        self._run, self._begun, self._calibration = None, None, {}
+        self._prepared, self._may_go_on, self.step = False, False, 0
+
+    def _reopen(self) -> None:
+        if not self._may_go_on:
+            raise ValueError(
+                f"this trainer's run {self.run.path} has begun. train(resume_from_checkpoint=True) goes on with it; "
+                "for another run make a new GRPOTrainer with another output_dir."
+            )
+        self._run, self._may_go_on = RunDirectory.open(self.run.path), False
+        self._run.update_run(status="running", ended=None, error=None)
+
+    def _open_run(self, *, resume: bool, force: bool) -> None:
+        config = self.config
+        self._read_rows(force=force or resume)  # a run that goes on is planned with what it recorded
+        if resume:
+            self._run, notes = resuming.opened_run(config)
+            self._run.update_run(status="running", ended=None, error=None, **self.code)
+            self._warn(*notes)
+            return
+        RunDirectory.check(path := preflight.run_path(config))
+        self._prepare(force=force)
+        info = preflight.run_info(config, self.data, self.precision, self.plan()) | self.code
+        adapter = sum(weight.numel() * weight.element_size() for weight in self.model.adapter_parameters("policy").values())
+        needed = preflight.bytes_to_write(config, adapter, 0 if self._for_reward_alone else self.total_steps)
+        self._run = RunDirectory.create(path, dump_recipe(config), info, needed_bytes=needed)
+
+    def _prepare(self, *, force: bool) -> None:
+        """Plan the memory, load the model, tokenise the data, lay out the steps; once."""
+        if self._prepared:
+            return
+        config = self.config
+        rows = self._read_rows(force=force)
+        if self._must_train_reward:
+            preflight.check_reward_can_be_had(rows, config)
+        plan = self.plan()
+        preflight.refuse_unless_it_fits(plan, force=force)
+        self.view.note(plan.summary)
+        preflight.hold_to_limit(config)
+        self.view.phase("loading", config.model_name)
+        self.model = Gemma.load(
+            config.model_name, lora=config.lora, precision=config.precision, quantization=config.quantization, seed=config.seed
+        )
+        if config.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        self.model.budget = TokenBudget(plan.token_budget)
+        self.engine = LocalEngine(self.model, plan.kv_token_budget)
+        self.data = build_training_data(rows, self.model, config)
+        # a run that goes on keeps the divisor it began with, whatever its first prompts would say now
+        recorded = {} if self._run is None else self._run.read_run().get("precision", {})
+        probes = [prompt.token_ids for prompt in self.data.prompts[:PROBE_PROMPTS]]
+        probed = self.model.fit_precision(probes, divisor=recorded.get("divisor"))
+        self.precision = {"dtype": str(self.model.dtype).removeprefix("torch."), "quantization": config.quantization, **probed}
+        self.steps_per_epoch = math.ceil(len(self.data.prompts) / config.prompts_per_step)
+        steps = math.ceil(config.epochs * self.steps_per_epoch)
+        self.total_steps = steps if config.max_steps is None else min(steps, config.max_steps)
+        self.updater = PolicyUpdater(self.model, config, self.total_steps)
+        if self._must_train_reward:
+            preflight.check_pairs_are_left(rows, self.data, config)
+        self._prepared = True
+
+    def _read_rows(self, *, force: bool) -> Rows:
+        """The dataset's rows, read once. A released model's size is known without asking anybody: what cannot fit reads none."""
+        if self._rows is None:
+            if self.config.model_name in known_shapes():
+                preflight.refuse_unless_it_fits(self.plan(), force=force)
+            self._rows = load_rows(self._dataset, self.config.data.source, strict=self.config.data.strict)
+        return self._rows
+
+    @property
+    def _must_train_reward(self) -> bool:
+        return (TRAINED in self.weights or self._for_reward_alone) and self.config.reward_model.path is None
+
+    def _warn(self, *texts: str) -> None:
+        for text in texts:
+            self.run.event("warn", text=text)
+            self.view.warn(text)
+
+    def _late(self, text: str, stack: Sequence[str]) -> None:
+        """From the watchdog's thread."""
+        if self._run is not None:
+            self._run.event("late", text=text, stack=list(stack))
+        self.view.warn(text)
