@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,10 @@ install_import_hook(CHECKED_MODULES, "beartype.beartype")
 
 settings.register_profile("no deadline", deadline=None)  # machines here are shared: a slow example is not a wrong one
 settings.load_profile("no deadline")
+
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (getattr(signal, "SIGHUP", None), signal.SIG_DFL)):
+    if _number is not None:  # a shell lets what it starts in the background ignore them, and so would every process started here
+        signal.signal(_number, _handler)
 
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
 

@@ -64,7 +64,7 @@ MESSAGES = (
 )
 TINY = (
     *("batch_size=2", "gradient_accumulation_steps=1", "num_generations=2", "planning_steps=1", "max_completion_length=4"),
-    *("max_prompt_length=200", "max_steps=1", "gradient_checkpointing=false", "precision=fp32"),
+    *("max_prompt_length=200", "max_steps=1", "advantage.no_signal_steps=0", "gradient_checkpointing=false", "precision=fp32"),
     *("evaluation.num_prompts=2", "data.holdout=0.3", "reward={mine: 1.0}"),
 )
 

@@ -107,7 +107,7 @@ def test_a_run_says_what_it_waits_for_and_goes_on(train_tiny: Callable[..., Any]
     prompts = [line["prompt_id"] for line in run.lines("samples.jsonl") if line["step"] == 5]
     assert late, "the fifth reward was not told"
     assert f"(step 5, prompts {', '.join(prompts)}): waiting in slow_scorer (tests/test_watchdog.py:" in late[0]["text"]
-    assert "called by score (gemma_grpo/reward/functions.py:" in late[0]["text"]
+    assert "called by _answer (gemma_grpo/reward/functions.py:" in late[0]["text"]
     assert "warning: reward has taken" in capsys.readouterr().out
     assert len(run.lines("metrics.jsonl")) == 6
     quiet = train_tiny(reward=slow_scorer, **{**settings, "watchdog.floor_seconds": 60.0})
