@@ -165,6 +165,8 @@ def finished_run(config: GRPOConfig) -> tuple[RunDirectory, int, dict[str, Any]]
         info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         if info["status"] != "finished" or _settings(load_recipe(folder / "recipe.yaml")) != _settings(config):
             return None
+        if not (folder / "adapter").is_dir():
+            return None
         text = (folder / "evaluation.json").read_text(encoding="utf-8") if config.evaluation.num_prompts else "{}"
         evaluation = json.loads(text)
     except (OSError, ValueError, KeyError, TypeError):  # whatever is wrong with it will be said on the way to going on
