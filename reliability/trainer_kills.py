@@ -80,12 +80,14 @@ class Moment:
     """When to kill: so many seconds after the run has come to a phase, None being its start; in any case where another one begins.
 
     A phase as short as a pruning can be over before it was seen: `patience` are the seconds after the first rollout in which it has to be.
+    However fast the machine has become since it was timed, no more than so many `rollouts` are begun.
     """
 
     after: str | None
     seconds: float
     before: str | None = None
     patience: float = math.inf
+    rollouts: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -129,10 +131,14 @@ def _wait(child: int, byte: PhaseByte, moment: Moment | None) -> int:
     if moment is None:
         return os.waitpid(child, 0)[1]
     reached, deadline = moment.after is None, time.monotonic() + moment.seconds if moment.after is None else math.inf
+    rollouts, last = 0, ""
     while (now := time.monotonic()) < deadline and (moment.before is None or byte.phase != moment.before):
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return status
+        rollouts, last = rollouts + (byte.phase == "rollout" != last), byte.phase
+        if rollouts > moment.rollouts:
+            break
         if not reached and byte.phase == moment.after:
             reached, deadline = True, now + moment.seconds
         elif deadline == math.inf and byte.phase == "rollout":
@@ -158,10 +164,11 @@ def next_moment(folder: Path, kill: int, kills: int, steps: int, times: Times, g
     if aim == "loading":
         return Moment(None, generator.uniform(0, times.first), before="rollout")
     if aim != "a step":
-        return Moment(aim, generator.uniform(0, A_SAVE), before="evaluation", patience=3 * times.step)
+        return Moment(aim, generator.uniform(0, A_SAVE), before="evaluation", patience=3 * times.step, rollouts=2)
     if done / steps > kill / ((1 - AT_THE_END) * kills):  # ahead: this step must not be finished, however fast the machine is now
         return Moment("rollout", generator.uniform(0, times.step), before="saving")
-    return Moment("rollout", generator.uniform(0, 4 * times.step), before="evaluation")
+    behind = (kill + 1) / ((1 - AT_THE_END) * kills) * steps - done
+    return Moment("rollout", generator.uniform(0, 4 * times.step), before="evaluation", rollouts=max(1, math.ceil(behind)))
 
 
 def content(folder: Path) -> dict[str, bytes]:
