@@ -132,7 +132,7 @@ MUTANTS = (
     # ---- signals
     Mutant(
         "a stop is not looked for while sampling", "gemma_grpo/rollout/running.py",
-        "            check()\n", "", f"{_INSIDE}::test_a_run_that_is_given_little_more_than_a_rollout_at_a_time_still_comes_to_its_end",
+        "            check()\n", "", f"{_INSIDE}::test_a_stop_is_looked_for_at_every_token_sampled",
     ),
     Mutant(
         "a second signal is only another request", "gemma_grpo/stopping.py",

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from stopped_runs import StopAt, assert_same_run
 
 from gemma_grpo.checkpoint import CheckpointError, read_checkpoint
-from gemma_grpo.stopping import Stopped
+from gemma_grpo.rollout.engine import SamplingParams
+from gemma_grpo.rollout.local import LocalEngine
+from gemma_grpo.stopping import Stopped, listening
 
 STEPS = 4
 MANY: dict[str, Any] = {
@@ -182,6 +184,18 @@ def test_a_checkpoint_of_another_run_is_refused(train_tiny: Callable[..., Any], 
     (folder / "run.json").write_text((folder / "run.json").read_text().replace('"finished"', '"stopped"'))
     with pytest.raises(CheckpointError, match=r"step-00000002 is of another run: its settings are not this run's\."):
         tiny_trainer(output_dir=str(folder), **settings).train(resume_from_checkpoint=True)
+
+
+def test_a_stop_is_looked_for_at_every_token_sampled(tiny_trainer: Callable[..., Any], stop_at: StopAt) -> None:
+    trainer = tiny_trainer(reward=some_reward)
+    prompts = trainer.dry_run()["prompts"]
+    engine, counts = LocalEngine(trainer.model, stop_ids=()), []
+    for length in (6, 26):
+        doing = stop_at(10**9)
+        with listening(max_minutes=1):
+            engine.sample(prompts, SamplingParams(num_generations=2, max_completion_length=length, seed=0, step=0))
+        counts.append(len(doing))
+    assert counts[1] - counts[0] == 20
 
 
 # ---- the reward adapter's training
