@@ -85,7 +85,8 @@ def judged(mutant: Mutant, folder: Path) -> dict[str, Any]:
         finally:
             path.write_text(text, encoding="utf-8")
         outcome = {TESTS_FAILED: "red", 0: "SURVIVED", None: "red (hung)"}.get(code, f"could not run (exit code {code})")
-    return {**vars(mutant), "outcome": outcome, "said": last[:300], "seconds": round(time.perf_counter() - started, 1)}
+    seconds = round(time.perf_counter() - started, 1)
+    return {**vars(mutant), "outcome": outcome, "said": last[:300], "seconds": seconds, "commit": commit()}
 
 
 def run(mutants: tuple[Mutant, ...], show: bool = True) -> dict[str, Any]:
@@ -102,6 +103,11 @@ def run(mutants: tuple[Mutant, ...], show: bool = True) -> dict[str, Any]:
             rows.append(judged(mutant, folder))
             if show:
                 print(f"{rows[-1]['outcome']:<12} {mutant.name:<62} {mutant.test.rpartition('::')[2][:90]}", flush=True)
+    return summary(rows)
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How many were caught, which were not, and each."""
     survived = [row["name"] for row in rows if not row["outcome"].startswith("red")]
     return {"mutants": len(rows), "caught": len(rows) - len(survived), "survived": survived, "rows": rows}
 
@@ -110,10 +116,17 @@ def main() -> None:
     """Plant, print the table, write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="mutants whose name contains this; writes no result")
+    parser.add_argument("--survivors", action="store_true", help="plant only those that the last result says survived, or does not have")
     parser.add_argument("--out", type=Path, default=RESULTS / "mutants.json")
     options = parser.parse_args()
     chosen = tuple(mutant for mutant in (*MUTANTS, *MUTANTS_OF_STRANGERS) if options.only is None or options.only in mutant.name)
-    report = {"machine": machine(), "commit": commit(), "versions": versions(), **run(chosen)}
+    rows: list[dict[str, Any]] = []
+    if options.survivors:
+        names = {mutant.name for mutant in chosen}
+        found = json.loads(options.out.read_text(encoding="utf-8"))["rows"]
+        rows = [row for row in found if row["outcome"].startswith("red") and row["name"] in names]
+        chosen = tuple(mutant for mutant in chosen if mutant.name not in {row["name"] for row in rows})
+    report = {"machine": machine(), "commit": commit(), "versions": versions(), **summary([*rows, *run(chosen)["rows"]])}
     print(f"{report['caught']} of {report['mutants']} caught")
     if options.only is None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
