@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,21 +55,19 @@ def tested(folder: Path, tests: tuple[str, ...]) -> tuple[int | None, str]:
             code: int | None = process.wait(LONGEST)
         except subprocess.TimeoutExpired:
             code = None
-        end_session(process)
+        end_all(folder, process)
         output.seek(0)
         lines = [line for line in output.read().splitlines() if line.strip()]
     return code, next((line for line in reversed(lines) if line.startswith("FAILED")), lines[-1] if lines else "")
 
 
-def end_session(process: subprocess.Popen[bytes]) -> None:
-    """Kill what a mutant may have left running: some are there to leave orphans."""
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = entry.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[3]) == process.pid:  # its session
-            os.kill(int(entry.parent.name), signal.SIGKILL)
+def end_all(folder: Path, process: subprocess.Popen[bytes]) -> None:
+    """Kill what a mutant may have left running: some are there to leave orphans, in sessions of their own. They have the copy's path."""
+    mark = f"PYTHONPATH={folder}".encode()
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # others' processes, and those that have just ended
+            if mark in entry.read_bytes().split(b"\0"):
+                os.kill(int(entry.parent.name), signal.SIGKILL)
     process.wait()
 
 
