@@ -38,6 +38,7 @@ PROMPTS = 64
 SETTINGS: dict[str, Any] = {
     "batch_size": 2,
     "gradient_accumulation_steps": 1,
+    "advantage.no_signal_steps": 0,
     "num_generations": 8,
     "planning_steps": 2,
     "max_prompt_length": 512,
