@@ -30,7 +30,7 @@ def read(path: Path) -> Mapping[str, Any]:
 def trainer_kills(found: Mapping[str, Any]) -> tuple[str, str]:
     moments = ", ".join(f"{name} {count}" for name, count in found["killed_while"].items())
     runs = len(found["kills_of_each_run"])
-    what = f"{found['kills']:,} SIGKILLs of {runs} whole runs of {found['steps_of_a_run']} steps ({moments})"
+    what = f"{found['kills']:,} SIGKILLs of {runs} whole runs ({moments})"
     return what, f"{found['mismatches']} of {found['files_compared'] * runs:,} files differ from the undisturbed run's"
 
 

@@ -5,7 +5,10 @@ The thread looks at which functions its main thread is in, so nothing that is wa
 
 from __future__ import annotations
 
+import math
 import mmap
+import os
+import signal
 import sys
 import threading
 import time
@@ -44,14 +47,23 @@ class PhaseByte:
         """Before another child."""
         self._memory[0] = 0
 
-    def tell(self) -> None:
-        """Tell what this process's main thread is doing, from now until the process ends."""
-        sys.setswitchinterval(_SECONDS)  # else the thread waits ten times longer for its turn
-        threading.Thread(target=self._watch, args=(threading.main_thread().ident,), daemon=True).start()
+    def tell(self, *, before: str | None = None, rollouts: float = math.inf) -> None:
+        """Tell what this process's main thread is doing, from now until the process ends.
 
-    def _watch(self, thread: int) -> None:
+        It is killed, by itself, where phase `before` begins or one more rollout than so many: who watches from outside can be too late.
+        """
+        sys.setswitchinterval(_SECONDS)  # else the thread waits ten times longer for its turn
+        options = (threading.main_thread().ident, before, rollouts)
+        threading.Thread(target=self._watch, args=options, daemon=True).start()
+
+    def _watch(self, thread: int, before: str | None, rollouts: float) -> None:
+        begun, last = 0, ""
         while True:
-            self._memory[0] = NAMES.index(phase_of(sys._current_frames().get(thread)))
+            name = phase_of(sys._current_frames().get(thread))
+            self._memory[0] = NAMES.index(name)
+            begun, last = begun + (name == "rollout" != last), name
+            if name == before or begun > rollouts:
+                os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(_SECONDS)
 
 

@@ -52,6 +52,7 @@ SETTINGS: dict[str, Any] = {
     "optimizer.schedule": "cosine",
     "optimizer.warmup_updates": 2,
     "kl.ref_target": 0.001,
+    "kl.hard_stop_steps": 0,
     "entropy.threshold": 2.0,
     "evaluation.num_prompts": 3,
     "reward_model.max_pairs": 8,
@@ -104,7 +105,7 @@ def in_a_child(folder: Path, log: Path, steps: int, moment: Moment | None) -> st
     byte = PhaseByte()
     child = os.fork()
     if child == 0:
-        _train_and_exit(folder, log, steps, byte)
+        _train_and_exit(folder, log, steps, byte, moment)
     status = _wait(child, byte, moment)
     if os.WIFSIGNALED(status):
         return byte.phase
@@ -113,13 +114,13 @@ def in_a_child(folder: Path, log: Path, steps: int, moment: Moment | None) -> st
     return None
 
 
-def _train_and_exit(folder: Path, log: Path, steps: int, byte: PhaseByte) -> None:
+def _train_and_exit(folder: Path, log: Path, steps: int, byte: PhaseByte, moment: Moment | None) -> None:
     code = 1
     try:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        byte.tell()
+        byte.tell() if moment is None else byte.tell(before=moment.before, rollouts=moment.rollouts)
         train(folder, steps)
         code = 0
     finally:
@@ -131,14 +132,10 @@ def _wait(child: int, byte: PhaseByte, moment: Moment | None) -> int:
     if moment is None:
         return os.waitpid(child, 0)[1]
     reached, deadline = moment.after is None, time.monotonic() + moment.seconds if moment.after is None else math.inf
-    rollouts, last = 0, ""
-    while (now := time.monotonic()) < deadline and (moment.before is None or byte.phase != moment.before):
+    while (now := time.monotonic()) < deadline:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return status
-        rollouts, last = rollouts + (byte.phase == "rollout" != last), byte.phase
-        if rollouts > moment.rollouts:
-            break
         if not reached and byte.phase == moment.after:
             reached, deadline = True, now + moment.seconds
         elif deadline == math.inf and byte.phase == "rollout":
