@@ -25,7 +25,7 @@ PLACES: dict[str, set[tuple[str, str]]] = {
     "reward": {("base", "score")},
     "reference": {("step", "policy_batch")},
     "resuming": {("trainer", "_go_on_from"), ("resuming", "newest_checkpoint")},
-    "loading": {("trainer", "_prepare"), ("trainer", "_open_run")},
+    "loading": {("preparation", "_prepare"), ("preparation", "_open_run")},
 }
 """Phase -> the files and functions that make it; the first that any of the main thread's functions is in, counts."""
 NAMES = ("starting", *PLACES, "between")

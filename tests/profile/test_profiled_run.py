@@ -138,7 +138,8 @@ def test_a_resumed_run_profiles_its_own_session_and_says_so(tiny_trainer: Callab
     assert profile["steps"] == {"earlier": 2, "profiled": 3, "counted": [4, 5]}
     assert "The run's first 2 steps were made in an earlier session and are not in it." in profile_notes(profile)
 
-    finished = tiny_trainer(**folder, reward=failing_at(99, RuntimeError()))
+    # another evaluation is all that is left to do
+    finished = tiny_trainer(**folder, reward=failing_at(99, RuntimeError()), **{"evaluation.num_prompts": 1})
     finished.train(resume_from_checkpoint=True, profile=True)
     assert profile_of(finished)["steps"] == {"earlier": 5, "profiled": 0, "counted": []}
     assert "No step was run in this session, so there is nothing to compare with the floor." in profile_notes(profile_of(finished))
