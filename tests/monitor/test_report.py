@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -122,7 +123,8 @@ def test_hostile_text_everywhere_stays_text(hostile_html: str) -> None:
     assert not {"script", "img", "iframe", "object", "embed", "link", "base", "form", "a"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert page.text.count(SHOWN) > 30
-    assert "49" not in page.text.replace(SHOWN, "")  # {{ 7*7 }} was not run by the template
+    timeless = re.sub(r"\d\d:\d\d(:\d\d)?", "", page.text.replace(SHOWN, ""))
+    assert "49" not in timeless  # {{ 7*7 }} was not run by the template
     assert not {"\x1b", "\u202e"} & set(hostile_html)
 
 
