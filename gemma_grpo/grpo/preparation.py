@@ -72,6 +72,7 @@ class Preparation:
     @contextmanager
     def _running(self, *, resume: bool, force: bool) -> Iterator[None]:
         """Everything a run needs, in the order in which it can fail cheaply; the outcome in run.json whatever happens."""
+        self._check_may_run()  # before anything that would write its outcome: a run that is over stays what it is
         watchdog_settings = self.config.watchdog.model_dump()
         with self.view, listening(self.config.max_minutes), watchdog.watching(self._late, **watchdog_settings):
             try:
@@ -105,12 +106,14 @@ class Preparation:
         self._run, self._begun, self._calibration = None, None, {}
         self._prepared, self._may_go_on, self.step = False, False, 0
 
-    def _reopen(self) -> None:
-        if not self._may_go_on:
+    def _check_may_run(self) -> None:
+        if self._run is not None and not self._may_go_on:
             raise ValueError(
                 f"this trainer's run {self.run.path} has begun. train(resume_from_checkpoint=True) goes on with it; "
                 "for another run make a new GRPOTrainer with another output_dir."
             )
+
+    def _reopen(self) -> None:
         self._run, self._may_go_on = RunDirectory.open(self.run.path), False
         self._run.update_run(status="running", ended=None, error=None)
 

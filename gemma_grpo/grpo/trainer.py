@@ -121,6 +121,8 @@ class GRPOTrainer(Preparation):
         self._for_reward_alone = True
         with self._running(resume=bool(resume_from_checkpoint), force=force):
             path = self.run.reward / CALIBRATION
+            if path.is_file():
+                self._load_reward()  # so that train() on this object does not train it again
             calibration = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else self._train_reward()
         self._may_go_on = True
         return calibration

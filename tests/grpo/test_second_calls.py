@@ -78,10 +78,10 @@ def test_an_error_of_the_view_costs_no_step_and_the_same_object_goes_on_from_the
 def test_training_again_without_going_on_is_refused_and_the_run_left_alone(tiny_trainer: Callable[..., Any], tmp_path: Path) -> None:
     trainer = tiny_trainer(reward=some_reward, output_dir=str(tmp_path / "run"))
     trainer.train()
-    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=r"this trainer's run .* has begun\. train\(resume_from_checkpoint=True\) goes on with it"):
         trainer.train()
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
 def test_a_run_that_refused_other_data_is_not_trained_into_by_a_second_call(
