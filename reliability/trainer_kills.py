@@ -93,8 +93,9 @@ class Moment:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of an undisturbed run: until its first step is saved, of a step, of its evaluation."""
+    """Seconds of an undisturbed run: until it is loaded, until its first step is saved, of a step, of its evaluation."""
 
+    load: float
     first: float
     step: float
     evaluation: float
@@ -155,11 +156,11 @@ def next_moment(folder: Path, kill: int, kills: int, steps: int, times: Times, g
     done = steps_saved(folder)
     if done == 0:
         return Moment(None, generator.uniform(0, 1.3 * times.first), before="pruning")  # three steps on at most
-    if done >= steps:
+    if done >= steps or kill >= (1 - AT_THE_END) * kills:
         return Moment("evaluation", generator.uniform(0, 0.25 * times.evaluation))
     aim = generator.choices([*AIMED, "a step"], [*AIMED.values(), 1 - sum(AIMED.values())])[0]
     if aim == "loading":
-        return Moment(None, generator.uniform(0, times.first), before="rollout")
+        return Moment("loading", generator.uniform(0, times.load), before="rollout")
     if aim != "a step":
         return Moment(aim, generator.uniform(0, A_SAVE), before="evaluation", patience=3 * times.step, rollouts=2)
     if done / steps > kill / ((1 - AT_THE_END) * kills):  # ahead: this step must not be finished, however fast the machine is now
@@ -182,7 +183,8 @@ def times_of(folder: Path, started: float) -> Times:
     """Of an undisturbed run, by its own events; `started` in seconds since 1970."""
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     saved = [event["time"] for event in events if event["kind"] == "checkpoint"]
-    return Times(saved[0] - started, (saved[-1] - saved[0]) / (len(saved) - 1), events[-1]["time"] - saved[-1])
+    loaded = next(event["time"] for event in events if event["kind"] == "start")
+    return Times(loaded - started, saved[0] - started, (saved[-1] - saved[0]) / (len(saved) - 1), events[-1]["time"] - saved[-1])
 
 
 def killed(folder: Path, log: Path, steps: int, kills: int, times: Times, generator: random.Random) -> list[str]:

@@ -48,8 +48,9 @@ def is_whole(found: Checkpoint) -> bool:
 
 
 def write_for_ever(folder: Path, first: int, told: int) -> None:
-    """The victim: saves, and tells the pipe each step that was saved."""
+    """The victim: tells the pipe that it begins, by the step before, and then each step that was saved."""
     step = first
+    os.write(told, (first - 1).to_bytes(8, "big"))
     while True:
         save_checkpoint(folder, step, keep=KEEP, **content(step))
         os.write(told, step.to_bytes(8, "big"))
@@ -74,15 +75,15 @@ def one_kill(folder: Path, first: int, wait: float) -> int:
         finally:
             os._exit(1)
     os.close(writing)
+    said = os.read(reading, 8)  # on a busy machine it may be long before it runs at all
     time.sleep(wait)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status), "the writer ended by itself: it could not save"
-    said = b""
     while data := os.read(reading, 65_536):
         said += data
     os.close(reading)
-    return int.from_bytes(said[-8:], "big") if said else first - 1
+    return int.from_bytes(said[-8:], "big")
 
 
 def problem(folder: Path, saved: int) -> tuple[str | None, int]:
