@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.chart import bars
+from bench.document import WrittenPart
 from bench.protocol import MIB
 from bench.step import MODELS, RESULTS, ROOT, run
 from bench.workload import WORKLOADS
 
-DOCUMENT = ROOT / "docs" / "performance.md"
-BEGIN, END = "<!-- bench: table, written by make bench -->\n", "<!-- bench: end -->\n"
+TABLE = WrittenPart(
+    ROOT / "docs" / "performance.md", begin="<!-- bench: table, written by make bench -->\n", end="<!-- bench: end -->\n"
+)
 RUNS = [(model, workload) for model in MODELS for workload in WORKLOADS if workload != "c" or model != "270m"]
 """The 270m shape does not run (c): on a CPU a step of TRL's takes many minutes there."""
 HEADINGS = ("shape, workload", "ours, s", "TRL, s", "faster", "of pairs", "tokens/s", "TRL's", "peak, MiB", "TRL's", "smaller", "commit")
@@ -83,15 +85,6 @@ def chart(reports: Sequence[Mapping[str, Any]]) -> str:
     return bars(rows, "One step: rollout and two updates (medians)")
 
 
-def with_table(document: str, text: str) -> str:
-    """The document with the text between the marks. Raises ValueError where it has none."""
-    head, begin, rest = document.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"docs/performance.md has no place for the table. Put {BEGIN.strip()!r} and {END.strip()!r} where it belongs.")
-    return f"{head}{begin}{text}{end}{tail}"
-
-
 def write() -> None:
     """Table and chart of the results there are."""
     reports = read_reports()
@@ -99,7 +92,7 @@ def write() -> None:
         return
     print(table(reports), end="")
     (RESULTS / "step.svg").write_text(chart(reports), encoding="utf-8")
-    DOCUMENT.write_text(with_table(DOCUMENT.read_text(encoding="utf-8"), table(reports)), encoding="utf-8")
+    TABLE.write(table(reports))
 
 
 def main() -> None:

@@ -7,10 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bench.document import WrittenPart
 from reliability.writer_kills import RESULTS
 
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "reliability.md"
-BEGIN, END = "<!-- figures, written by python -m reliability -->\n", "<!-- figures: end -->\n"
+FIGURES = WrittenPart(
+    Path(__file__).resolve().parents[1] / "docs" / "reliability.md",
+    begin="<!-- figures, written by python -m reliability -->\n",
+    end="<!-- figures: end -->\n",
+)
 
 
 def table(results: Path = RESULTS) -> str:
@@ -64,19 +68,10 @@ ROWS = {
 """Result -> its row."""
 
 
-def with_table(document: str, text: str) -> str:
-    """The document with the text between the marks. Raises ValueError where it has none."""
-    head, begin, rest = document.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"docs/reliability.md has no place for the figures. Put {BEGIN.strip()!r} and {END.strip()!r} where they belong.")
-    return f"{head}{begin}{text}{end}{tail}"
-
-
 def main() -> None:
     """Print the table and write it to the document."""
     print(table(), end="")
-    DOCUMENT.write_text(with_table(DOCUMENT.read_text(encoding="utf-8"), table()), encoding="utf-8")
+    FIGURES.write(table())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.__main__ import BEGIN, DOCUMENT, END, FASTER, RESULTS, chart, missed, read_reports, table, with_table
+from bench.__main__ import FASTER, RESULTS, TABLE, chart, missed, read_reports, table
 from bench.growth import law
 from bench.protocol import MIB
 from bench.step import PEER_PYTHON, missing, run
@@ -30,16 +30,16 @@ def test_a_row_says_both_medians_and_the_paired_ratio() -> None:
 
 
 def test_the_table_replaces_what_is_between_the_marks() -> None:
-    once = with_table(f"before\n{BEGIN}old\n{END}after\n", "new\n")
-    assert once == f"before\n{BEGIN}new\n{END}after\n"
-    assert with_table(once, "new\n") == once
+    once = TABLE.filled(f"before\n{TABLE.begin}old\n{TABLE.end}after\n", "new\n")
+    assert once == f"before\n{TABLE.begin}new\n{TABLE.end}after\n"
+    assert TABLE.filled(once, "new\n") == once
     with pytest.raises(ValueError, match="has no place for the table"):
-        with_table("before\n", "new\n")
+        TABLE.filled("before\n", "new\n")
 
 
 def test_the_document_shows_the_committed_results() -> None:
-    text, reports = DOCUMENT.read_text(encoding="utf-8"), read_reports()
-    assert text == with_table(text, table(reports))
+    text, reports = TABLE.path.read_text(encoding="utf-8"), read_reports()
+    assert text == TABLE.filled(text, table(reports))
     assert (RESULTS / "step.svg").read_text(encoding="utf-8") == chart(reports)
     assert (RESULTS / "growth.svg").is_file()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from reliability.__main__ import DOCUMENT, ROWS, table, with_table
+from reliability.__main__ import FIGURES, ROWS, table
 from reliability.mutant_list import MUTANTS, Mutant
 from reliability.mutants_of_strangers import MUTANTS_OF_STRANGERS
 from reliability.writer_kills import RESULTS
@@ -34,7 +34,7 @@ def test_something_is_named() -> None:
 
 
 def test_every_row_of_the_matrix_for_one_device_has_its_tests() -> None:
-    rows = re.findall(r"^\| ([A-E]\d+) \|.*\|(.*)\|$", DOCUMENT.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    rows = re.findall(r"^\| ([A-E]\d+) \|.*\|(.*)\|$", FIGURES.path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     expected = {*(f"A{n}" for n in range(1, 11)), *(f"B{n}" for n in range(1, 11)), *(f"C{n}" for n in range(1, 10))}
     expected |= {*(f"D{n}" for n in range(1, 10)), *(f"E{n}" for n in range(1, 11))}
     assert {name for name, _ in rows} == expected
@@ -43,8 +43,8 @@ def test_every_row_of_the_matrix_for_one_device_has_its_tests() -> None:
 
 
 def test_the_figures_are_those_of_the_results() -> None:
-    text = DOCUMENT.read_text(encoding="utf-8")
-    assert with_table(text, table()) == text, "run python -m reliability"
+    text = FIGURES.path.read_text(encoding="utf-8")
+    assert FIGURES.filled(text, table()) == text, "run python -m reliability"
     there = {f"reliability.{path.stem}" for path in RESULTS.glob("*.json")}
     assert there <= {f"reliability.{name}" for name in ROWS}
     assert there == set(re.findall(r"python -m (reliability\.\w+)` \|", table()))
