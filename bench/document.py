@@ -19,7 +19,7 @@ class WrittenPart:
         head, begin, rest = document.partition(self.begin)
         _, end, tail = rest.partition(self.end)
         if not begin or not end:
-            raise ValueError(f"{self.path.name} has no place for it. Put {self.begin.strip()!r} and {self.end.strip()!r} where it belongs.")
+            raise ValueError(f"{self.path.name} has no place for the table. Put {self.begin.strip()!r} and {self.end.strip()!r} where it belongs.")
         return f"{head}{begin}{text}{end}{tail}"
 
     def write(self, text: str) -> None:
