@@ -19,7 +19,8 @@ class WrittenPart:
         head, begin, rest = document.partition(self.begin)
         _, end, tail = rest.partition(self.end)
         if not begin or not end:
-            raise ValueError(f"{self.path.name} has no place for the table. Put {self.begin.strip()!r} and {self.end.strip()!r} where it belongs.")
+            marks = f"{self.begin.strip()!r} and {self.end.strip()!r}"
+            raise ValueError(f"{self.path.name} has no place for the table. Put {marks} where it belongs.")
         return f"{head}{begin}{text}{end}{tail}"
 
     def write(self, text: str) -> None:
