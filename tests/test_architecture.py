@@ -144,7 +144,7 @@ def at_home(importer: str, library: str) -> bool:
 
 
 PATHS = sources(PACKAGE)
-CODE = sources(PACKAGE, ROOT / "scripts", ROOT / "bench")
+CODE = sources(PACKAGE, ROOT / "scripts", ROOT / "bench", ROOT / "reliability")
 EVERYTHING = [*CODE, *sources(ROOT / "tests")]
 
 

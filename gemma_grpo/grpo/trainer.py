@@ -128,7 +128,12 @@ class GRPOTrainer(Preparation):
         return calibration
 
     def evaluate(self) -> dict[str, Any]:
-        """Before (adapters off) and after on held-out prompts; written to evaluation.json."""
+        """Before (adapters off) and after on held-out prompts; written to evaluation.json. Raises RunDirectoryError where another process
+        holds the run.
+        """
+        if not self.run.is_held:
+            with RunDirectory.open(self.run.path) as self._run:
+                return self.evaluate()
         started = time.perf_counter()
         asked = f"{min(self.config.evaluation.num_prompts, len(self.data.held_out_prompts))} held-out prompts"
         self.view.phase("evaluation", asked)
@@ -236,7 +241,8 @@ class GRPOTrainer(Preparation):
         pairs, prompts = (data.pairs, data.held_out_pairs), data.held_out_prompts or data.prompts
         run = partial(keeper.train, progress=self._reward_progress)
         with watchdog.phase("reward training", f"{len(data.pairs)} pairs"):
-            self._calibration = train_and_measure_reward(self.model, self.engine, pairs, prompts, self.config, gold=gold, run=run)
+            measured = train_and_measure_reward(self.model, self.engine, pairs, prompts, self.config, gold=gold, run=run)
+        self._calibration = {**measured, "memory": self.model.budget.state()}  # a run that goes on cuts its passes as this one does
         release(self.model.device)
         with saving(self.run.reward):
             self.model.save_adapter("reward", self.run.reward)
@@ -259,6 +265,8 @@ class GRPOTrainer(Preparation):
         if not path.is_file():
             raise ValueError(f"{folder} has no calibration.json, which says how its rewards are scaled. Give a folder train-reward wrote.")
         self._calibration = json.loads(path.read_text(encoding="utf-8"))
+        if given is None and "memory" in self._calibration:
+            self.model.budget.load(self._calibration["memory"])
 
     def _build_rewards(self) -> None:
         mean = self._calibration.get("reference_mean") or 0.0

@@ -228,9 +228,14 @@ class RunDirectory:
                 log.truncate(offsets.get(name, 0))
                 os.fsync(log.fileno())
 
+    @property
+    def is_held(self) -> bool:
+        """Whether this process may write it: until it is closed."""
+        return bool(self._lock.is_locked)
+
     def close(self) -> None:
         """Let another process write. Closing twice is fine."""
-        if self._lock.is_locked:
+        if self.is_held:
             (self.path / _WRITER).unlink(missing_ok=True)
             self._lock.release()
 

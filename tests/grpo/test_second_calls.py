@@ -146,6 +146,49 @@ def test_training_only_the_reward_goes_on_too_and_has_nothing_to_do_once_it_is_o
     assert third.train_reward(resume_from_checkpoint=True) == json.loads(json.dumps(expected))
 
 
+def test_evaluating_again_needs_the_run_that_another_may_hold_by_then(tiny_trainer: Callable[..., Any], tmp_path: Path) -> None:
+    trainer = tiny_trainer(reward=some_reward, output_dir=str(tmp_path / "run"), **{"evaluation.num_prompts": 2})
+    first = trainer.train()
+    with RunDirectory.open(tmp_path / "run"), pytest.raises(RunDirectoryError, match="is being written by process"):
+        trainer.evaluate()
+    assert {**trainer.evaluate(), "seconds": 0} == {**first, "seconds": 0}
+    RunDirectory.open(tmp_path / "run").close()  # and it is let go again
+
+
+def test_a_budget_that_training_the_reward_learned_is_known_when_the_run_goes_on(
+    train_tiny: Callable[..., Any], tiny_trainer: Callable[..., Any], stop_at: StopAt, tmp_path: Path
+) -> None:
+    settings = {"reward": {"generative": 1.0}, "max_steps": 2, "save_steps": 0, "reward_model.max_pairs": 8}
+
+    def trainer_that_runs_out_once(**more: Any) -> Any:
+        trainer = tiny_trainer(**settings, **more)
+        trainer.dry_run()
+        work, calls = trainer.model.hidden_states, 0
+
+        def hidden_states(layout: Any) -> Any:
+            nonlocal calls
+            calls += torch.is_grad_enabled()
+            if calls == 1:
+                calls += 1
+                raise torch.OutOfMemoryError("none left")
+            return work(layout)
+
+        trainer.model.hidden_states = hidden_states
+        return trainer
+
+    whole = trainer_that_runs_out_once(output_dir=str(tmp_path / "whole"))
+    whole.train()
+    doing = stop_at(10**9)
+    trainer_that_runs_out_once(output_dir=str(tmp_path / "watched"), max_minutes=1).train()
+    stop_at(doing.index("rollout"))
+    with pytest.raises(Stopped):
+        trainer_that_runs_out_once(output_dir=str(tmp_path / "run"), max_minutes=1).train()
+    stop_at(10**9)
+    run = train_tiny(resume=True, output_dir=str(tmp_path / "run"), **settings)
+    assert run.metrics("oom_retries") == [1.0, 1.0]
+    assert run.text("metrics.jsonl") == (tmp_path / "whole" / "metrics.jsonl").read_text(encoding="utf-8")
+
+
 # ---- a step that is neither whole nor not begun
 
 
