@@ -185,6 +185,6 @@ class Preparation:
 
     def _late(self, text: str, stack: Sequence[str]) -> None:
         """From the watchdog's thread."""
+        self.view.warn(text)  # first: a log that cannot be written must not keep it from being said
         if self._run is not None:
             self._run.event("late", text=text, stack=list(stack))
-        self.view.warn(text)
