@@ -7,6 +7,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # the tests' tensors are so small that handing work to a second thread costs more than it saves
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# a process for each core, each with a part of the tests (pytest-xdist); eight at most, as each holds torch
+PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
+# models of real size are among these: no more than two at a time
+SLOW := --numprocesses 2 --dist worksteal -m 'slow and not gpu'
 
 PEER := .venv-peer
 
@@ -16,10 +20,10 @@ demo: $(VENV)/.installed
 	$(BIN)/gemma-grpo demo
 
 test: $(VENV)/.installed-dev
-	$(TEST_ENV) $(BIN)/python -m pytest
+	$(TEST_ENV) $(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: $(VENV)/.installed-peer
-	$(TEST_ENV) $(BIN)/python -m pytest -m 'slow and not gpu'
+	$(TEST_ENV) $(BIN)/python -m pytest $(SLOW)
 
 # plants one bug after another in a copy of the code; the test that is there for it must go red
 mutants: $(VENV)/.installed-dev
