@@ -75,7 +75,7 @@ def lfs_pointer() -> bytes:
     [
         ("gone.jsonl", None, "no such file"),
         ("pointer.jsonl", lfs_pointer(), "Git"),
-        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 500)[:60], "breaks off or is damaged"),
+        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 500, mtime=0)[:60], "breaks off or is damaged"),
         ("empty.jsonl", b"", "rows|empty"),
         ("other.jsonl", b'{"text": "a"}\n', "none of 1 rows is usable"),
     ],
