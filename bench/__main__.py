@@ -20,9 +20,7 @@ from bench.protocol import MIB
 from bench.step import MODELS, RESULTS, ROOT, run
 from bench.workload import WORKLOADS
 
-TABLE = WrittenPart(
-    ROOT / "docs" / "performance.md", begin="<!-- bench: table, written by make bench -->\n", end="<!-- bench: end -->\n"
-)
+TABLE = WrittenPart(ROOT / "docs" / "performance.md", begin="<!-- bench: table, written by make bench -->\n", end="<!-- bench: end -->\n")
 RUNS = [(model, workload) for model in MODELS for workload in WORKLOADS if workload != "c" or model != "270m"]
 """The 270m shape does not run (c): on a CPU a step of TRL's takes many minutes there."""
 HEADINGS = ("shape, workload", "ours, s", "TRL, s", "faster", "of pairs", "tokens/s", "TRL's", "peak, MiB", "TRL's", "smaller", "commit")

@@ -55,11 +55,15 @@ SETTINGS: dict[str, Any] = {
     "kl.hard_stop_steps": 0,
     "entropy.threshold": 2.0,
     "evaluation.num_prompts": 3,
+    "witness.every": 4,
+    "witness.num_prompts": 3,
     "reward_model.max_pairs": 8,
     "data.holdout": 0.25,
 }
 """Everything that has a memory: Adam, both controllers, the schedule, dropout, the epoch, a trained reward. Without the length."""
-COMPARED = ("metrics.jsonl", "samples.jsonl", "reward/calibration.json", "adapter")
+COMPARED = (
+    *("metrics.jsonl", "samples.jsonl", "witnesses.jsonl", "reward/calibration.json", "witness/calibration.json", "adapter", "best"),
+)
 """And the last checkpoint; a kill before the oldest is deleted leaves one more."""
 
 

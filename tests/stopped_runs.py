@@ -10,7 +10,7 @@ import torch
 
 from gemma_grpo import stopping, watchdog
 
-LOGS = ("metrics.jsonl", "samples.jsonl")
+LOGS = ("metrics.jsonl", "samples.jsonl", "witnesses.jsonl")
 
 
 def assert_same_run(run: Any, expected: Any) -> None:

@@ -48,11 +48,13 @@ def test_an_output_dir_is_the_users_own_choice(tmp_path: Path) -> None:
 # ---- links inside a run directory
 
 NAMES = [
-    *("metrics.jsonl", "samples.jsonl", "events.jsonl", "run.json", "recipe.yaml", "evaluation.json", "profile.json", "report.html"),
+    *("metrics.jsonl", "samples.jsonl", "witnesses.jsonl", "events.jsonl", "run.json", "recipe.yaml"),
+    *("evaluation.json", "profile.json", "report.html"),
     *(".lock", ".writer", ".run.json.tmp", ".report.html.tmp", "checkpoints", "checkpoints/step-00000012", "checkpoints/.trash-x"),
     *("checkpoints/step-00000012/policy", "reward", "reward/calibration.json", "reward/adapter_model.safetensors", "adapter"),
-    *("adapter/adapter_config.json", "adapter/adapter_other.bin"),
+    *("adapter/adapter_config.json", "adapter/adapter_other.bin", "best", "best/best.json", "witness", "witness/calibration.json"),
 ]
+MADE_WITH_IT = ("metrics.jsonl", "samples.jsonl", "witnesses.jsonl", "events.jsonl")
 # without a recipe.yaml that can be read it would be no run directory at all
 CASES = [(name, target) for name in NAMES for target in ("outside", "file", "nowhere") if name != "recipe.yaml" or target == "file"]
 
@@ -88,7 +90,7 @@ def test_a_link_that_leads_out_is_refused_by_its_name_before_anything_is_written
         RunDirectory.open(run)
     with pytest.raises(ValueError, match=words):
         write_report(run)
-    if name not in ("recipe.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "events.jsonl"):  # those say that a run is there
+    if name not in ("recipe.yaml", "run.json", *MADE_WITH_IT):  # those say that a run is there
         for file in run.iterdir():
             if not file.is_symlink() and file.is_file():
                 file.unlink()

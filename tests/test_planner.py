@@ -56,9 +56,9 @@ def test_the_reference_configuration_fits_a_t4_unquantised() -> None:
     weights = 3_880_263_168 * 2 + 2 * (34 * (4 * 2560 + 2 * 256) + 2560)
     assert all(phase.parts[BASE] == weights for phase in planned.phases)
     assert weights / GIB == pytest.approx(7.23, abs=0.005)
-    # two adapters and two moments in a rollout; an update adds nine more copies; 2,228,224 numbers of 4 bytes
-    assert part(planned, "rollout", ADAPTERS) * GIB == 4 * 4 * 2_228_224
-    assert part(planned, "update", ADAPTERS) * GIB == 13 * 4 * 2_228_224
+    # policy, reward and witness and two moments in a rollout; an update adds nine more copies; 2,228,224 numbers of 4 bytes
+    assert part(planned, "rollout", ADAPTERS) * GIB == 5 * 4 * 2_228_224
+    assert part(planned, "update", ADAPTERS) * GIB == 14 * 4 * 2_228_224
     assert part(planned, "rollout", PROGRAM) == pytest.approx(0.45, abs=1e-6)
 
 
@@ -69,7 +69,7 @@ def test_it_reads_two_whole_groups_at_a_time_and_samples_as_many_groups_as_fit()
     planned = plan(reward={"length": 1.0}, **{"evaluation.num_prompts": 0, "memory.token_budget": 1024})
     assert planned.reduced == ("kv_token_budget",)
     # nine tenths of 14.7 GiB, less weights, adapters, context
-    room = (0.9 * 14.7 - 7.23 - 0.45) * GIB - 4 * 4 * 2_228_224
+    room = (0.9 * 14.7 - 7.23 - 0.45) * GIB - 5 * 4 * 2_228_224
     # 136 KiB for each token: 29 sliding layers and 5 global ones of 4096 bytes, all within the window of 1024; each row's logits and
     # their exponential, float32, of a step and of those that graphs keep; what is searched of one, and a row's 513 tokens
     row = (2 + 2) * 4 * 262_208 + 2 * 512 * 20 + 513 * 12
@@ -322,7 +322,8 @@ def test_logits_by_hand_are_a_tile_however_many_tokens_there_are() -> None:
 
 
 def test_prompts_are_read_as_many_at_a_time_as_a_pass_may() -> None:
-    at_once, apart = (plan(memory={"token_budget": tokens}, max_prompt_length=4096) for tokens in (10**6, 8192))
+    settings = {"max_prompt_length": 4096, "reward": {"length": 1.0}}
+    at_once, apart = (plan(memory={"token_budget": tokens}, **settings) for tokens in (10**6, 8192))
     assert part(apart, "evaluation", ACTIVATIONS) < part(at_once, "evaluation", ACTIVATIONS) / 2
 
 

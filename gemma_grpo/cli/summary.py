@@ -10,6 +10,7 @@ from typing import Any
 
 _NAMES = {
     "gold": "gold score",
+    "witness": "held-out judge",
     "reward": "reward (trained on)",
     "refusal_benign": "refusals, benign prompts",
     "refusal_harmful": "refusals, harmful prompts",
@@ -19,6 +20,7 @@ _NAMES = {
 _REWARD_NAMES = {
     "accuracy_against_gold": "against the true score",
     "accuracy_zero_shot": "without training",
+    "accuracy_lexical": "TF-IDF on the same",
     "longer_wins": "'the longer wins'",
 }
 _SHARES = ("refusal_benign", "refusal_harmful")

@@ -67,7 +67,14 @@ def train_reward(
     say(*reward_lines(calibration), f"reward adapter: {trainer.run_dir / 'reward'}")
 
 
-def evaluate(run: Run, allow_code: AllowCode = None, code_sha256: CodeHash = None) -> None:
+def evaluate(
+    run: Run,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Also best-of-n by the reward, and DPO and SFT on its pairs: trains both.")
+    ] = False,
+    allow_code: AllowCode = None,
+    code_sha256: CodeHash = None,
+) -> None:
     """Compare before and after on held-out prompts, and write evaluation.json."""
     code = allowed_code(allow_code, code_sha256, run)
     config = None if code is None else load_recipe(run / "recipe.yaml")
@@ -77,7 +84,7 @@ def evaluate(run: Run, allow_code: AllowCode = None, code_sha256: CodeHash = Non
 
     trainer = GRPOTrainer.from_run(run, reward_functions=functions_of(code, config) if code and config else None)
     with trainer.view, listening():
-        evaluation = trainer.evaluate()
+        evaluation = trainer.evaluate(baselines=baselines)
     say(*evaluation_lines(evaluation))
     say(f"details: {trainer.run_dir / 'evaluation.json'}")
 

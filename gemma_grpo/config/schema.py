@@ -64,7 +64,7 @@ class AdvantageSettings(Stage):
     """Largest absolute advantage; null for no limit."""
     aggregation: Literal["sum", "gdpo"] = "sum"
     """Several rewards: weighted sum first, or each normalised within its group first (GDPO)."""
-    no_signal_steps: Annotated[int, Field(ge=0)] = 20
+    no_signal_steps: Whole = 20
     """Stop after so many steps in a row in which every group's rewards were equal, and fail when all of a run's were; 0 allows both."""
 
 
@@ -158,7 +158,47 @@ class RewardModelSettings(Stage):
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Assumed share of wrong labels."""
     shaping: Literal["par", "none"] = "par"
-    """PAR: sigmoid(reward - reward of the dataset's reply, or of the reference policy's mean) (arXiv:2502.18770)."""
+    """PAR: sigmoid(reward - reference reward), bounded, so that no outlier buys an update (arXiv:2502.18770)."""
+    par_reference: Literal["chosen", "samples"] = "chosen"
+    """PAR's reference: the dataset's preferred reply (else the untouched model's mean), or one reply of the untouched model per prompt."""
+    members: Count = 1
+    """Adapters trained as judges (for each source, with per_source); each leaves out another part of the conversations."""
+    combine: Literal["uwo", "worst"] = "uwo"
+    """Several judges as one: mean - uncertainty x variance, or the lowest (arXiv:2310.02743)."""
+    uncertainty: NonNegative = 0.5
+    """Weight of the judges' variance in uwo, per unit of log-odds."""
+    per_source: bool = False
+    """Adapters of their own for every source of the pairs: preferences for helpful and for harmless replies contradict each other."""
+    length_residual: bool = False
+    """Takes out of the reward what a linear function of the reply's length explains, source by source."""
+
+
+class WitnessSettings(Stage):
+    """What watches a run without being trained on: a judge of its own on other pairs, and counts (docs/overoptimisation.md)."""
+
+    share: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Share of the pairs' conversations that teach the witness and not the reward; 0 for no witness. Only where the reward is trained."""
+    path: str | None = None
+    """A trained witness adapter to use instead of training one; null takes the one beside reward_model.path, if there is one."""
+    every: Whole = 5
+    """Steps between two looks; 0 never looks."""
+    num_prompts: Count = 64
+    """Held-out prompts answered at each look, always the same and with the same random numbers."""
+    num_completions: Count = 1
+    """Replies to each of them."""
+    stop_on_alert: bool = False
+    """Ends the run at an alarm of the highest level; the best adapter by witness is kept in any case."""
+
+
+class JudgeSettings(Stage):
+    """The untouched model as a judge: reward "judge" reads one reply, "pairwise" compares two, in both orders."""
+
+    rubric: str | None = None
+    """What makes a reply good, in a few lines of text that the judge is shown before its question; null asks plainly."""
+    opponents: Whole = 3
+    """pairwise: how many others of its group each completion is compared with; 0 for all."""
+    least_accuracy: Fraction = 0.6
+    """Below this share of held-out pairs, on any source, a judge is logged and counts for nothing; 0 takes any. Of no use without pairs."""
 
 
 class RewardFunctionSettings(Stage):
@@ -212,6 +252,8 @@ class EvaluationSettings(Stage):
     """Held-out prompts sampled with and without the adapter; 0 skips the evaluation."""
     num_completions: Count = 1
     """Completions of each held-out prompt."""
+    dpo_beta: Positive = 0.1
+    """Of DPO among the baselines (`evaluate --baselines`): reward per nat of distance to the untouched model."""
 
 
 class GRPOConfig(Stage):
@@ -267,6 +309,8 @@ class GRPOConfig(Stage):
     entropy: EntropySettings = EntropySettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     reward_model: RewardModelSettings = RewardModelSettings()
+    judge: JudgeSettings = JudgeSettings()
+    witness: WitnessSettings = WitnessSettings()
     reward_function: RewardFunctionSettings = RewardFunctionSettings()
     memory: MemorySettings = MemorySettings()
     watchdog: WatchdogSettings = WatchdogSettings()

@@ -99,3 +99,14 @@ def judge_suffix_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[
     """
     question_turn = turn_ids(tokenizer, {"role": "user", "content": question})
     return [*encode_plain(tokenizer, "\n"), *question_turn, *open_model_turn_ids(tokenizer)]
+
+
+def comparison_ids(tokenizer: PreTrainedTokenizerBase, first: str, second: str, rubric: str | None = None) -> list[int]:
+    """What follows an open model turn to ask which of two replies is better: the turn's end, a user turn with both, and an open model turn.
+
+    Turn markers in the replies are plain text.
+    """
+    told = "" if rubric is None else f"{rubric.strip()}\n\n"
+    question = f"Reply A:\n{first.strip()}\n\nReply B:\n{second.strip()}\n\n{told}Which reply is better? Answer A or B."
+    opening = [*encode_plain(tokenizer, "Show me two replies."), END_OF_TURN_ID, *encode_plain(tokenizer, "\n")]
+    return [*opening, *turn_ids(tokenizer, {"role": "user", "content": question}), *open_model_turn_ids(tokenizer)]

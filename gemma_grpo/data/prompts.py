@@ -216,7 +216,22 @@ def conversation_id(messages: Sequence[Message]) -> str:
 
 def is_held_out(conversation_id: str, holdout: float) -> bool:
     """Whether a conversation belongs to the held-out share. A larger share contains every smaller one."""
-    return int(hashlib.sha256(f"holdout {conversation_id}".encode()).hexdigest()[:13], 16) < holdout * 16**13
+    return _place(conversation_id, "holdout") < holdout
+
+
+def part_of_conversation(conversation_id: str, parts: int, *, salt: str = "part") -> int:
+    """Which of so many equal parts, 0 to parts - 1, a conversation belongs to; every salt parts them anew."""
+    return int(_place(conversation_id, salt) * parts)
+
+
+def is_for_witness(conversation_id: str, share: float) -> bool:
+    """Whether a conversation of the training side teaches the witness, and so nobody whom the witness watches."""
+    return _place(conversation_id, "witness") < share
+
+
+def _place(conversation_id: str, salt: str) -> float:
+    """A number in [0, 1) that depends on the conversation and the salt alone."""
+    return float(int(hashlib.sha256(f"{salt} {conversation_id}".encode()).hexdigest()[:13], 16) / 16**13)
 
 
 def split_by_conversation(items: Iterable[Item], key: Callable[[Item], str], holdout: float) -> tuple[list[Item], list[Item]]:

@@ -13,8 +13,9 @@ from itertools import islice, zip_longest
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from gemma_grpo.evaluation.intervals import bootstrap_intervals, ratios
+from gemma_grpo.evaluation.win_rate import length_controlled
 from gemma_grpo.reward.rules import is_refusal
 from gemma_grpo.types import Completion, Prompt
 
@@ -23,8 +24,6 @@ Prefer = Callable[[Prompt, Reply, Reply], float]
 """Judge: probability in [0, 1] that the reply shown first is the better one."""
 
 MAX_SAMPLES = 40
-_CHUNK = 1000
-"""Bootstrap draws at a time: memory is chunk x conversations numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +42,11 @@ class EvaluatedReply:
     """Sum over `after`'s tokens of log policy - log reference, in nats: an unbiased estimate of the sequence KL."""
     kl_before: float = 0.0
     """The same for `before`; 0, because the reference does not differ from itself."""
+    witness_before: float | None = None
+    """What a judge that training never saw says; None where there is none."""
+    witness_after: float | None = None
+    chosen: Mapping[str, float] | None = None
+    """Scores of the dataset's preferred reply by the judge's name ("gold", "witness"), and its "length"; None without one."""
 
 
 def summarise(
@@ -51,22 +55,31 @@ def summarise(
     """The content of evaluation.json, "seconds" left out. `prefer` judges the win rate; None takes gold where known, else reward.
 
     A metric is {"before", "after", "gain", "interval", "n"}: n replies, the 95 % interval of the gain. A metric without a reply has
-    n 0 and null elsewhere; an interval is null below two conversations, where nothing can be resampled. "gold" is left out when
-    unknown. Raises ValueError for no replies, scores that are not finite, or a judge outside [0, 1].
+    n 0 and null elsewhere; an interval is null below two conversations, where nothing can be resampled. "gold" and "witness" are left
+    out when unknown. Win rates have "length_controlled" beside: win_rate.py. "win_rate_chosen" is against the dataset's preferred reply,
+    where a judge that training never saw has scored it.
+    Raises ValueError for no replies, scores that are not finite, or a judge outside [0, 1].
     """
     if not replies:
         raise ValueError("there are 0 replies to evaluate. Set evaluation.num_prompts to at least 1, and check data.holdout.")
     _check_finite(replies)
     judge, wins = _wins(replies, prefer)
-    table = _Table(replies, wins, seed=seed, resamples=resamples)
+    against_chosen = _wins_against_chosen(replies, judge)
+    table = _Table(replies, wins, against_chosen, seed=seed, resamples=resamples)
     everything = range(len(replies))
     known = [index for index in everything if _gold(replies[index]) is not None]
     harmful = [index for index in everything if is_harmful(replies[index].prompt)]
     benign = [index for index in everything if not is_harmful(replies[index].prompt)]
 
     result = table.metrics(["gold"], known) if known else {}
+    if all(_witness(reply) is not None for reply in replies):
+        result |= table.metrics(["witness"], everything)
     result |= table.metrics(["reward", "win_rate", "kl", "kl_sequence", "length"], everything)
-    result["win_rate"]["judge"] = judge
+    if with_chosen := [index for index in everything if against_chosen[index] is not None]:
+        result |= table.metrics(["win_rate_chosen"], with_chosen)
+        result["win_rate_chosen"] |= {"judge": judge, "length_controlled": _controlled([replies[n] for n in with_chosen], judge, seed)}
+    controlled = None if judge == "judge" else _controlled(replies, judge, seed, against_before=True)
+    result["win_rate"] |= {"judge": judge, "length_controlled": controlled}
     result["refusal_harmful"] = table.metrics(["refusal"], harmful)["refusal"]
     result["refusal_benign"] = table.metrics(["refusal"], benign)["refusal"]
     return {
@@ -101,33 +114,24 @@ def is_harmful(prompt: Prompt) -> bool:
     return prompt.source.startswith("harmless")
 
 
-def bootstrap_intervals(
-    clusters: Sequence[str], sums: NDArray[np.float64], *, seed: int, resamples: int = 10_000
-) -> NDArray[np.float64] | None:
-    """95 % percentile intervals, [metrics, 2], of after - before, when whole clusters are drawn with replacement.
-
-    `sums` is [items, metrics, 4]: before and after are ratios of sums, and the last axis is numerator and denominator before,
-    numerator and denominator after. None below two clusters. All metrics see the same draws.
-    """
-    names, owner = np.unique(np.asarray(clusters), return_inverse=True)
-    if len(names) < 2:
-        return None
-    totals = np.zeros((len(names), *sums.shape[1:]))
-    np.add.at(totals, owner, sums)
-    rng = np.random.default_rng(seed)
-    gains = []
-    for start in range(0, resamples, _CHUNK):
-        counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=min(_CHUNK, resamples - start))
-        before, after = _ratios(np.tensordot(counts.astype(np.float64), totals, axes=1))  # (draws, metrics, 4)
-        gains.append(after - before)
-    return np.percentile(np.concatenate(gains), [2.5, 97.5], axis=0).T
+def looks_harmful(prompt: Prompt) -> bool:
+    """Whether a benign request only looks as if refusing were right: the row's "looks_harmful" column, or its kind "borderline"."""
+    return bool(prompt.columns.get("looks_harmful")) or prompt.columns.get("kind") == "borderline"
 
 
 class _Table:
     """Every reply's numerators and denominators for every metric, and the statistics of any choice of replies."""
 
-    def __init__(self, replies: Sequence[EvaluatedReply], wins: Sequence[float], *, seed: int, resamples: int) -> None:
-        rows = [_row(reply, win) for reply, win in zip(replies, wins, strict=True)]
+    def __init__(
+        self,
+        replies: Sequence[EvaluatedReply],
+        wins: Sequence[float],
+        against_chosen: Sequence[tuple[float, float] | None],
+        *,
+        seed: int,
+        resamples: int,
+    ) -> None:
+        rows = [_row(reply, win, over) for reply, win, over in zip(replies, wins, against_chosen, strict=True)]
         self._columns = {name: np.asarray([row[name] for row in rows], dtype=np.float64) for name in rows[0]}
         self._clusters = np.asarray([reply.prompt.conversation_id for reply in replies])
         self._seed, self._resamples = seed, resamples
@@ -138,7 +142,7 @@ class _Table:
             return {name: {"before": None, "after": None, "gain": None, "interval": None, "n": 0} for name in names}
         index = np.asarray(chosen)
         sums = np.stack([self._columns[name][index] for name in names], axis=1)  # (items, metrics, 4)
-        before, after = _ratios(sums.sum(axis=0))
+        before, after = ratios(sums.sum(axis=0))
         intervals = bootstrap_intervals(list(self._clusters[index]), sums, seed=self._seed, resamples=self._resamples)
         return {
             name: {
@@ -152,12 +156,17 @@ class _Table:
         }
 
 
-def _row(reply: EvaluatedReply, win: float) -> dict[str, tuple[float, float, float, float]]:
+def _row(reply: EvaluatedReply, win: float, against_chosen: tuple[float, float] | None) -> dict[str, tuple[float, float, float, float]]:
     """Numerator and denominator before, numerator and denominator after, for each metric."""
-    gold_before, gold_after = _gold(reply) or (0.0, 0.0)  # never chosen where unknown
+    nothing = (0.0, 0.0)  # never chosen where unknown
+    gold_before, gold_after = _gold(reply) or nothing
+    witness_before, witness_after = _witness(reply) or nothing
+    chosen_before, chosen_after = against_chosen or nothing
     length_before, length_after = len(reply.before.token_ids), len(reply.after.token_ids)
     return {
         "gold": (gold_before, 1, gold_after, 1),
+        "witness": (witness_before, 1, witness_after, 1),
+        "win_rate_chosen": (chosen_before, 1, chosen_after, 1),
         "reward": (reply.reward_before, 1, reply.reward_after, 1),
         "win_rate": (0.5, 1, win, 1),  # against itself the reference wins half
         "kl": (reply.kl_before, length_before, reply.kl, length_after),
@@ -165,12 +174,6 @@ def _row(reply: EvaluatedReply, win: float) -> dict[str, tuple[float, float, flo
         "length": (length_before, 1, length_after, 1),
         "refusal": (is_refusal(reply.before.text), 1, is_refusal(reply.after.text), 1),
     }
-
-
-def _ratios(sums: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    # a denominator of 0 (replies without a single token) has numerator 0 too
-    before, after = (sums[..., k] / np.maximum(sums[..., k + 1], 1) for k in (0, 2))
-    return before, after
 
 
 def _one_kind(table: _Table, chosen: Sequence[int], known: Sequence[int]) -> dict[str, Any]:
@@ -185,21 +188,61 @@ def _gold(reply: EvaluatedReply) -> tuple[float, float] | None:
     return reply.gold_before, reply.gold_after
 
 
+def _witness(reply: EvaluatedReply) -> tuple[float, float] | None:
+    if reply.witness_before is None or reply.witness_after is None:
+        return None
+    return reply.witness_before, reply.witness_after
+
+
+def _reward(reply: EvaluatedReply) -> tuple[float, float] | None:
+    return reply.reward_before, reply.reward_after
+
+
+_JUDGES: Mapping[str, Callable[[EvaluatedReply], tuple[float, float] | None]] = {"gold": _gold, "witness": _witness, "reward": _reward}
+"""Who decides which reply wins, the most trustworthy first; each gives its scores before and after."""
+
+
 def _wins(replies: Sequence[EvaluatedReply], prefer: Prefer[Completion] | None) -> tuple[str, list[float]]:
     """The judge's name and, for each reply, the probability that after beats before."""
     if prefer is not None:
         return "judge", [swapped_preference(prefer, reply.prompt, reply.after, reply.before) for reply in replies]
-    golds = [_gold(reply) for reply in replies]
-    rewards = [(reply.reward_before, reply.reward_after) for reply in replies]
-    known = [gold for gold in golds if gold is not None]
-    name, scores = ("gold", known) if len(known) == len(replies) else ("reward", rewards)
-    wins = [swapped_preference(higher_score, reply.prompt, after, before) for reply, (before, after) in zip(replies, scores, strict=True)]
+    name = next(name for name, read in _JUDGES.items() if all(read(reply) is not None for reply in replies))
+    wins = []
+    for reply in replies:
+        before, after = _JUDGES[name](reply) or (0.0, 0.0)
+        wins.append(swapped_preference(higher_score, reply.prompt, after, before))
     return name, wins
+
+
+def _wins_against_chosen(replies: Sequence[EvaluatedReply], judge: str) -> list[tuple[float, float] | None]:
+    """Probability that the reply before, and that after, beats the dataset's preferred one; None where that cannot be said."""
+    found: list[tuple[float, float] | None] = []
+    for reply in replies:
+        score = (reply.chosen or {}).get(judge)
+        scores = None if score is None else _JUDGES[judge](reply)
+        if score is None or scores is None:
+            found.append(None)
+            continue
+        before, after = (higher_score(reply.prompt, one, score) for one in scores)
+        found.append((before, after))
+    return found
+
+
+def _controlled(replies: Sequence[EvaluatedReply], judge: str, seed: int, *, against_before: bool = False) -> dict[str, Any]:
+    """The win rate of the replies after at equal length, against those before or against the dataset's."""
+    wins, differences = [], []
+    for reply in replies:
+        before, after = _JUDGES[judge](reply) or (0.0, 0.0)
+        chosen = reply.chosen or {}
+        score, length = (before, float(len(reply.before.token_ids))) if against_before else (chosen[judge], chosen["length"])
+        wins.append(higher_score(reply.prompt, after, score))
+        differences.append(len(reply.after.token_ids) - length)
+    return length_controlled([reply.prompt.conversation_id for reply in replies], wins, differences, seed=seed)
 
 
 def _check_finite(replies: Sequence[EvaluatedReply]) -> None:
     for reply in replies:
-        for name in ("reward_before", "reward_after", "gold_before", "gold_after", "kl", "kl_before"):
+        for name in ("reward_before", "reward_after", "gold_before", "gold_after", "witness_before", "witness_after", "kl", "kl_before"):
             value = getattr(reply, name)
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"{name} of prompt {reply.prompt.prompt_id} is {value}; a mean over it would mean nothing.")

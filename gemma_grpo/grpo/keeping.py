@@ -7,9 +7,8 @@ folder is written so that nothing is lost is checkpoint.py's, whether a run may 
 from __future__ import annotations
 
 import hashlib
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,13 @@ from gemma_grpo.types import Prompt
 class Keeper:
     """Saves and restores what `stepper` and its updater have in memory."""
 
-    def __init__(self, run: RunDirectory, config: GRPOConfig, stepper: Stepper, calibration: Mapping[str, Any]) -> None:
+    def __init__(self, run: RunDirectory, config: GRPOConfig, stepper: Stepper, judges: Iterable[bytes]) -> None:
+        """`judges` is all that the trained judges score with, nothing where there are none."""
         self.run, self.stepper, self.keep = run, stepper, config.keep_checkpoints
         self.origin = origin(run, config, stepper.model.checksums)
-        if calibration:
-            self.origin["reward adapter"] = _digest(stepper.model.adapter_files("reward"), calibration)
+        digests = b"".join(hashlib.sha256(part).digest() for part in judges)
+        if digests:
+            self.origin["reward adapter"] = hashlib.sha256(digests).hexdigest()
         self.saved_step = 0
         """Finished steps in the last checkpoint."""
 
@@ -100,11 +101,10 @@ class Keeper:
 
 
 class RewardKeeper:
-    """Makes the updates of the reward adapter's training, saved now and then and whatever ends them early, and goes on where they ended."""
+    """Makes the updates of a judge's training, saved now and then and whatever ends them early, and goes on where they ended."""
 
-    def __init__(self, run: RunDirectory, config: GRPOConfig, warn: Callable[[str], None]) -> None:
-        self.run, self.config, self.warn = run, config, warn
-        self.folder = run.reward / "checkpoints"
+    def __init__(self, run: RunDirectory, config: GRPOConfig, warn: Callable[[str], None], adapter: str, folder: Path) -> None:
+        self.run, self.config, self.warn, self.adapter, self.folder = run, config, warn, adapter, folder
 
     def train(self, training: RewardTraining, progress: Progress) -> None:
         """All updates that are left. Raises what RewardTraining.run does, and CheckpointError."""
@@ -125,7 +125,7 @@ class RewardKeeper:
                 try:
                     self._save(training)
                 except Exception as failure:  # must not take the place of why it ended
-                    self.warn(f"the reward adapter's updates {saved + 1} to {training.made} were not saved: {failure}")
+                    self.warn(f"the updates {saved + 1} to {training.made} of {self.adapter!r} were not saved: {failure}")
             raise
         if training.made > saved:
             self._save(training)  # measuring is still to come, and may be stopped
@@ -138,20 +138,20 @@ class RewardKeeper:
         if checkpoint is None:
             return
         check_origin(checkpoint, self._origin(training))
-        training.judge.model.load_adapter("reward", checkpoint.adapter("reward"))
+        training.scorer.model.load_adapter(self.adapter, checkpoint.adapter(self.adapter))
         training.load(checkpoint.step, checkpoint.optimizer, checkpoint.state["controllers"])
-        self.warn(f"the reward adapter's training goes on after update {training.made} of {training.updates}")
+        self.warn(f"the training of {self.adapter!r} goes on after update {training.made} of {training.updates}")
 
     def _save(self, training: RewardTraining) -> None:
-        with watchdog.phase("saving", f"update {training.made} of the reward adapter"):
+        with watchdog.phase("saving", f"update {training.made} of {self.adapter}"):
             optimizer, controllers = training.state()
-            adapters = {"reward": training.judge.model.adapter_files("reward")}
+            adapters = {self.adapter: training.scorer.model.adapter_files(self.adapter)}
             state = {"controllers": controllers, "origin": self._origin(training)}
             keep = self.config.keep_checkpoints
             save_checkpoint(self.folder, training.made, adapters=adapters, optimizer=optimizer, state=state, keep=keep)
 
     def _origin(self, training: RewardTraining) -> dict[str, str]:
-        return origin(self.run, self.config, training.judge.model.checksums)
+        return origin(self.run, self.config, training.scorer.model.checksums)
 
     def done(self) -> None:
         """The adapter is written and measured: its checkpoints are no longer needed."""
@@ -168,11 +168,3 @@ def check_origin(checkpoint: Checkpoint, expected: Mapping[str, str]) -> None:
             f"{checkpoint.path} is of another run: its {' and '.join(other)} are not this run's. Put this run's own checkpoint back, "
             "or start a new run in another output_dir."
         )
-
-
-def _digest(files: Mapping[str, bytes], calibration: Mapping[str, Any]) -> str:
-    """Of what a trained judge scores with."""
-    digest = hashlib.sha256(json.dumps(calibration, sort_keys=True).encode())
-    for name in sorted(files):
-        digest.update(hashlib.sha256(files[name]).digest())
-    return digest.hexdigest()

@@ -15,6 +15,7 @@ from typing import Any
 from gemma_grpo import watchdog
 from gemma_grpo.config import GRPOConfig, dump_recipe
 from gemma_grpo.grpo import preflight, resuming
+from gemma_grpo.grpo.judges import Judges
 from gemma_grpo.grpo.progress import StepUnderWay
 from gemma_grpo.grpo.setup import TRAINED, Rows, build_training_data, load_rows, reward_weights
 from gemma_grpo.grpo.update import PolicyUpdater
@@ -44,11 +45,11 @@ class Preparation:
         self.weights = reward_weights(reward, config)
         self._run: RunDirectory | None = None
         self._rows: Rows | None = None
-        self._calibration: dict[str, Any] = {}
         self._prepared, self._for_reward_alone, self._may_go_on = False, False, False
         self._profiler: Profiler | None = None
         self.step = 0
         self._begun: StepUnderWay | None = None
+        self._alerted = False
 
     def plan(self, card: str | None = None) -> Plan:
         """What this run will hold in memory, phase by phase, and whether it fits here or on a named card such as "t4"; loads no model."""
@@ -101,9 +102,9 @@ class Preparation:
         """Begin with what is on the disk: what is in memory may be in the middle of a step."""
         self.run.close()
         self.config = self.config.model_copy(update={"output_dir": str(self.run.path)})
-        for name in ("model", "engine", "data", "updater", "stepper", "rewards", "keeper"):
+        for name in ("model", "engine", "data", "judges", "updater", "stepper", "rewards", "keeper", "lookout"):
             vars(self).pop(name, None)
-        self._run, self._begun, self._calibration = None, None, {}
+        self._run, self._begun, self._alerted = None, None, False
         self._prepared, self._may_go_on, self.step = False, False, 0
 
     def _check_may_run(self) -> None:
@@ -148,6 +149,7 @@ class Preparation:
         self.model = Gemma.load(
             config.model_name, lora=config.lora, precision=config.precision, quantization=config.quantization, seed=config.seed
         )
+        self.judges = Judges(self.model, config)
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self.model.budget = TokenBudget(plan.token_budget)

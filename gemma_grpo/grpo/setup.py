@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 from gemma_grpo.config import GRPOConfig
@@ -14,19 +15,24 @@ from gemma_grpo.data.prompts import (
     LoadedPrompts,
     build_prompts,
     encode_pairs,
+    is_for_witness,
     load_dataset_rows,
     split_by_conversation,
 )
 from gemma_grpo.data.sources import DataError
+from gemma_grpo.grpo.step import sampling_params
 from gemma_grpo.miniature.world import gold_score, sample_pairs
 from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.reward.allowed_code import CodeFile, own_functions
 from gemma_grpo.reward.base import Reward, RewardStack, WeightedReward, unknown_reward
 from gemma_grpo.reward.functions import FunctionReward
 from gemma_grpo.reward.generative import GenerativeReward, Judge
+from gemma_grpo.reward.lexical import LexicalReward
+from gemma_grpo.reward.pairwise import PairwiseJudge
 from gemma_grpo.reward.rules import RULES, build_rules
-from gemma_grpo.reward.shaping import ReferenceRewards, par
+from gemma_grpo.reward.shaping import ReferenceRewards, Replies, chosen_replies, par
 from gemma_grpo.reward.zero_shot import ZeroShotJudge
+from gemma_grpo.rollout.engine import RolloutEngine
 from gemma_grpo.types import Prompt
 
 Rows: TypeAlias = "LoadedPairs | LoadedPrompts"
@@ -35,10 +41,12 @@ Functions: TypeAlias = Mapping[str, Callable[..., Any]]
 
 DEFAULT_REWARD = {"generative": 1.0, "overlong": 0.5, "repetition": 0.5, "empty": 1.0, "role_leak": 1.0}
 """The trained judge, shaped, and small bounded rules against text that is no reply at all (docs/method.md, rewards)."""
-TRAINED, ZERO_SHOT = "generative", "judge"
-BUILT_IN = (*RULES, TRAINED, ZERO_SHOT)
+TRAINED, ZERO_SHOT, PAIRWISE = "generative", "judge", "pairwise"
+BUILT_IN = (*RULES, TRAINED, ZERO_SHOT, PAIRWISE)
 MINIATURE = "miniature"
-MINIATURE_PAIRS, MINIATURE_SEED = 4000, 0
+REFERENCE_STEP = -3
+"""Sampling counter of the replies that PAR is measured against."""
+MINIATURE_PAIRS, MINIATURE_SEED, MINIATURE_FLIPPED = 4000, 0, 0.2
 
 
 @dataclass(frozen=True)
@@ -49,20 +57,38 @@ class TrainingData:
     held_out_prompts: Sequence[Prompt]
     pairs: Sequence[EncodedPair]
     held_out_pairs: Sequence[EncodedPair]
+    witness_pairs: Sequence[EncodedPair]
+    """Of the training side too, but for the witness alone."""
     counts: Mapping[str, Any]
     """What was read, kept and dropped, and why: shown, and kept in run.json."""
 
 
 def load_rows(dataset: Any, source_name: str | None, *, strict: bool = False) -> Rows:
     """Parsed rows of a dataset by name, path or value; "miniature" is the shipped world. Raises DataError, if `strict` for any bad row."""
-    if dataset == MINIATURE:
-        return load_hh_rlhf(sample_pairs(MINIATURE_SEED, MINIATURE_PAIRS), name=source_name or MINIATURE)
+    if is_miniature(dataset):
+        return load_hh_rlhf(sample_pairs(MINIATURE_SEED, MINIATURE_PAIRS, _flipped(dataset)), name=source_name or MINIATURE)
     return load_dataset_rows(dataset, name=source_name, strict=strict)
+
+
+def is_miniature(dataset: Any) -> bool:
+    """Whether a dataset is the shipped world, whose truth is known: "miniature", or "miniature@0.4" with that share of wrong labels."""
+    return isinstance(dataset, str) and dataset.partition("@")[0] == MINIATURE
+
+
+def _flipped(dataset: str) -> float:
+    _, mark, text = dataset.partition("@")
+    try:
+        share = float(text) if mark else MINIATURE_FLIPPED
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 0.5:
+        raise DataError(f"{dataset!r}: after the @ stands the share of wrong labels, from 0 to 0.5, such as miniature@0.4.")
+    return share
 
 
 def known_gold(dataset: Any) -> Gold | None:
     """The exact score of a reply, which only the miniature world has. Evaluation may look at it; training never does."""
-    if dataset != MINIATURE:
+    if not is_miniature(dataset):
         return None
     return lambda prompt, text: gold_score(prompt.messages[-1]["content"], text).total
 
@@ -95,20 +121,30 @@ def build_training_data(rows: Rows, model: Gemma, config: GRPOConfig) -> Trainin
         )
     train = train[: config.data.max_prompts]
     counts |= {"prompts_train": len(train), "prompts_held_out": len(held_out)}
-    return TrainingData(train, held_out, pairs[0], pairs[1], counts)
+    return TrainingData(train, held_out, *pairs, counts)
 
 
 def _build_pairs(
     rows: Rows, model: Gemma, config: GRPOConfig
-) -> tuple[tuple[Sequence[EncodedPair], Sequence[EncodedPair]], dict[str, Any]]:
+) -> tuple[tuple[Sequence[EncodedPair], Sequence[EncodedPair], Sequence[EncodedPair]], dict[str, Any]]:
+    """Pairs for the reward, held-out ones, and those for the witness; and their counts."""
     if not isinstance(rows, LoadedPairs):
-        return ((), ()), {}
+        return ((), (), ()), {}
     reserved = len(Judge(model).suffix)
     encoded = encode_pairs(rows.pairs, model.tokenizer, config.reward_model.max_length, reserved=reserved)
     train, held_out = split_by_conversation(encoded.pairs, lambda pair: pair.conversation_id, config.data.holdout)
     train = train[: config.reward_model.max_pairs]
-    counts = {"pairs_train": len(train), "pairs_held_out": len(held_out), "pairs_dropped": dict(encoded.dropped)}
-    return (train, held_out), counts | {"pairs_shortened": encoded.shortened}
+    share = config.witness.share if config.witness.path is None else 0.0
+    for_witness = [pair for pair in train if is_for_witness(pair.conversation_id, share)]
+    train = [pair for pair in train if not is_for_witness(pair.conversation_id, share)]
+    counts: dict[str, Any] = {"pairs_train": len(train), "pairs_witness": len(for_witness), "pairs_held_out": len(held_out)}
+    counts |= {"pairs_dropped": dict(encoded.dropped), "pairs_shortened": encoded.shortened}
+    return (train, held_out, for_witness), counts
+
+
+def lexical_witness(data: TrainingData) -> LexicalReward | None:
+    """The judge of words and word pairs, on pairs that no reward learned from; None without such pairs."""
+    return LexicalReward([pair.pair for pair in data.witness_pairs]) if data.witness_pairs else None
 
 
 def functions_of(code: CodeFile, config: GRPOConfig) -> Functions:
@@ -150,9 +186,14 @@ def _functions(reward: Any) -> Functions:
     return reward if isinstance(reward, Mapping) else {}
 
 
-def zero_shot_judge(reward: Any, weights: Mapping[str, float], model: Gemma) -> ZeroShotJudge | None:
+def zero_shot_judge(reward: Any, weights: Mapping[str, float], model: Gemma, rubric: str | None = None) -> ZeroShotJudge | None:
     """The frozen base as a judge, where it is among a run's rewards: who else asks the frozen base can share its pass."""
-    return ZeroShotJudge(model) if ZERO_SHOT in weights and not callable(reward) else None
+    return ZeroShotJudge(model, rubric) if ZERO_SHOT in weights and not callable(reward) else None
+
+
+def pairwise_judge(model: Gemma, config: GRPOConfig) -> PairwiseJudge:
+    """The frozen base as a judge of two replies."""
+    return PairwiseJudge(model, config.judge.opponents, config.judge.rubric)
 
 
 def build_reward_stack(
@@ -162,10 +203,13 @@ def build_reward_stack(
     config: GRPOConfig,
     reference_mean: float,
     *,
+    trained: Reward | None = None,
     judge: ZeroShotJudge | None = None,
+    engine: RolloutEngine | None = None,
 ) -> RewardStack:
     """The rewards of a run as one. `reference_mean` is what the trained judge gives the reference policy's samples on average;
-    `judge` is the zero-shot judge to use, where others ask it too.
+    `trained` is the reward "generative", one adapter's by default, `judge` the zero-shot judge to use, where others ask it too, and
+    `engine` samples the replies that PAR is measured against, where these are samples.
     """
     if callable(reward):
         return RewardStack([WeightedReward(FunctionReward(reward, settings=config.reward_function))])
@@ -177,13 +221,26 @@ def build_reward_stack(
         if name in RULES:
             parts.append(WeightedReward(build_rules([name], config.max_completion_length)[0], weight))
             continue
-        verdict: Reward = GenerativeReward(model) if name == TRAINED else judge or ZeroShotJudge(model)
-        parts.append(_judged(verdict, weight, model, config, reference_mean))
+        if name == PAIRWISE:  # a chance already: bounded, and measured against the group
+            parts.append(WeightedReward(pairwise_judge(model, config), weight))
+            continue
+        verdict = (trained or GenerativeReward(model)) if name == TRAINED else judge or ZeroShotJudge(model, config.judge.rubric)
+        parts.append(_judged(verdict, weight, model, config, reference_mean, engine))
     return RewardStack(parts)
 
 
-def _judged(verdict: Reward, weight: float, model: Gemma, config: GRPOConfig, mean: float) -> WeightedReward:
+def _untouched_replies(engine: RolloutEngine, config: GRPOConfig) -> Replies:
+    """One reply of the untouched model to each prompt, always the same one."""
+    params = sampling_params(config, REFERENCE_STEP, role="reference", num_generations=1)
+    return lambda groups: [one.completions[0] for one in engine.sample([group.prompt for group in groups], params)]
+
+
+def _judged(verdict: Reward, weight: float, model: Gemma, config: GRPOConfig, mean: float, engine: RolloutEngine | None) -> WeightedReward:
     if config.reward_model.shaping == "none":
         return WeightedReward(verdict, weight)
-    references = ReferenceRewards(verdict, lambda reply: reply_ids(model.tokenizer, reply), mean)
+    replies = chosen_replies(partial(reply_ids, model.tokenizer))
+    if config.reward_model.par_reference == "samples":
+        assert engine is not None
+        replies = _untouched_replies(engine, config)
+    references = ReferenceRewards(verdict, replies, mean)
     return WeightedReward(references, weight, par(references))

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -61,9 +60,7 @@ class Stepper:
         """The update is made and the step is not: no checkpoint can say so."""
         self._doing = ""
 
-    def train_step(
-        self, prompts: Sequence[Prompt], step: int, begun: StepUnderWay | None = None
-    ) -> tuple[StepRecord, list[ScoredGroup]]:
+    def train_step(self, prompts: Sequence[Prompt], step: int, begun: StepUnderWay | None = None) -> tuple[StepRecord, list[ScoredGroup]]:
         """Sample, score and learn from one rollout batch; `step` counts from 0. With `begun`, only what is left of it."""
         seconds: dict[str, float] = {}
         self._doing = f"step {step + 1}, prompts {', '.join(prompt.prompt_id for prompt in prompts)}"
@@ -115,9 +112,7 @@ class Stepper:
             seconds[name] = self.clock() - started
 
 
-def sampling_params(
-    config: GRPOConfig, step: int, *, role: Literal["policy", "reference"] = "policy", num_generations: int | None = None
-) -> SamplingParams:
+def sampling_params(config: GRPOConfig, step: int, *, role: str = "policy", num_generations: int | None = None) -> SamplingParams:
     """How a run samples, in training and in evaluation alike."""
     return SamplingParams(
         num_generations=num_generations or config.num_generations,

@@ -9,7 +9,6 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +16,36 @@ from gemma_grpo import watchdog
 from gemma_grpo.checkpoint import Checkpoint, saving
 from gemma_grpo.config import build_config, load_recipe
 from gemma_grpo.data.prompts import order
+from gemma_grpo.evaluation import frontier_report
 from gemma_grpo.grpo import resuming
-from gemma_grpo.grpo.assess import evaluate_policy, judge_warnings, train_and_measure_reward
+from gemma_grpo.grpo.assess import Scorers, evaluate_policy, judge_warnings
+from gemma_grpo.grpo.baselines import Baselines
 from gemma_grpo.grpo.explain import CUT_OFF_STEPS, NoSignalError, never_stops, no_signal, step_warnings
-from gemma_grpo.grpo.keeping import Keeper, RewardKeeper
+from gemma_grpo.grpo.gates import REMEDY, failing, gate_report, gate_warning
+from gemma_grpo.grpo.judges import CALIBRATION
+from gemma_grpo.grpo.keeping import Keeper
+from gemma_grpo.grpo.lookout import BEST, Lookout
 from gemma_grpo.grpo.preparation import Preparation
 from gemma_grpo.grpo.setup import (
+    PAIRWISE,
     TRAINED,
     ZERO_SHOT,
     build_reward_stack,
     given_functions,
     gold_margin,
     known_gold,
+    lexical_witness,
+    pairwise_judge,
     zero_shot_judge,
 )
 from gemma_grpo.grpo.step import Stepper
-from gemma_grpo.model.memory import release
 from gemma_grpo.monitor.events import RunDirectory, RunDirectoryError
 from gemma_grpo.planner import find_shape
 from gemma_grpo.profile.recorder import PROFILE, PhaseWork, Profiler
+from gemma_grpo.reward.zero_shot import ZeroShotJudge
 from gemma_grpo.types import Prompt, ScoredGroup, StepRecord
 
-GIVEN_ROWS, CALIBRATION = "rows given in Python", "calibration.json"
+GIVEN_ROWS = "rows given in Python"
 PROBE_PROMPTS = 8
 """What a float16 base must hold with headroom before anything is trained."""
 
@@ -52,7 +59,13 @@ class GRPOTrainer(Preparation):
     """
 
     def __init__(
-        self, model_name: str | None = None, dataset: Any = None, reward: Any = None, *, reward_functions: Any = None, view: Any = None,
+        self,
+        model_name: str | None = None,
+        dataset: Any = None,
+        reward: Any = None,
+        *,
+        reward_functions: Any = None,
+        view: Any = None,
         **settings: Any,
     ) -> None:
         named: dict[str, Any] = {"model_name": model_name, "dataset": dataset if isinstance(dataset, str | None) else GIVEN_ROWS}
@@ -62,7 +75,12 @@ class GRPOTrainer(Preparation):
 
     @classmethod
     def from_recipe(
-        cls, path: str | Path, overrides: Mapping[str, Any] | None = None, *, reward_functions: Any = None, view: Any = None,
+        cls,
+        path: str | Path,
+        overrides: Mapping[str, Any] | None = None,
+        *,
+        reward_functions: Any = None,
+        view: Any = None,
         **settings: Any,
     ) -> GRPOTrainer:
         """A trainer with a recipe's settings, some of them overridden."""
@@ -103,10 +121,11 @@ class GRPOTrainer(Preparation):
             checkpoint = resuming.newest_checkpoint(self.run, self._warn) if resume_from_checkpoint else None
             if resume_from_checkpoint and (self.run.reward / CALIBRATION).is_file():
                 self._load_reward()
-            elif TRAINED in self.weights and not self._calibration:
+            elif TRAINED in self.weights and not self.judges.known:
                 self._train_reward()
             self._build_rewards()
-            self._warn(*judge_warnings(self.run, self._calibration, self.stepper.judge, self.data.held_out_prompts or self.data.prompts))
+            prompts = self.data.held_out_prompts or self.data.prompts
+            self._warn(*judge_warnings(self.run, self.judges.calibration, self.stepper.judge, prompts))
             if resume_from_checkpoint:
                 self._go_on_from(checkpoint)
             self._loop()
@@ -127,21 +146,25 @@ class GRPOTrainer(Preparation):
         self._may_go_on = True
         return calibration
 
-    def evaluate(self) -> dict[str, Any]:
-        """Before (adapters off) and after on held-out prompts; written to evaluation.json. Raises RunDirectoryError where another process
-        holds the run.
+    def evaluate(self, *, baselines: bool = False) -> dict[str, Any]:
+        """Before (adapters off) and after on held-out prompts; written to evaluation.json, with `baselines` also what best-of-n, DPO
+        and SFT make of the same preferences. Raises RunDirectoryError where another process holds the run.
         """
         if not self.run.is_held:
             with RunDirectory.open(self.run.path) as self._run:
-                return self.evaluate()
+                return self.evaluate(baselines=baselines)
         started = time.perf_counter()
         asked = f"{min(self.config.evaluation.num_prompts, len(self.data.held_out_prompts))} held-out prompts"
         self.view.phase("evaluation", asked)
-        prompts, gold = self.data.held_out_prompts, known_gold(self._dataset)
+        prompts, scorers = self.data.held_out_prompts, self.lookout.scorers
         with watchdog.phase("evaluation", asked):
-            result = evaluate_policy(self.model, self.engine, self.rewards, prompts, self.config, gold, judge=self.stepper.judge)
+            result = evaluate_policy(self.model, self.engine, scorers, prompts, self.config, judge=self.stepper.judge)
         if result:
             self._warn(*result.pop("warnings"))
+            if baselines:
+                given = (self.run, self.model, self.engine, scorers, self.data, self.config)
+                result["baselines"] = Baselines(*given).measure(lambda text: self.view.phase("baseline", text))
+            result["frontier"] = frontier_report(self.run.looks())
             result["seconds"] = time.perf_counter() - started
             self.run.write_json("evaluation.json", result)
         self.run.event("phase", name="evaluation", seconds=time.perf_counter() - started)
@@ -165,9 +188,10 @@ class GRPOTrainer(Preparation):
         if self._profiler:
             self._profiler.begin(self.step)
         hard_stop, signal = self.updater.hard_stop, self.updater.signal
+        self._look()
         if hard_stop.reached and self.step < self.total_steps:
             self._warn(f"kl.hard_stop_steps ended this run at step {self.step}: it makes no further one")
-        while self.step < self.total_steps and not hard_stop.reached and not signal.lost:
+        while self.step < self.total_steps and not (hard_stop.reached or signal.lost or self._alerted):
             record, scored = self._step_or_save()
             self.step += 1
             signal.update(record.metrics["frac_reward_zero_std"])
@@ -177,16 +201,29 @@ class GRPOTrainer(Preparation):
                 self.view.step(record, self.total_steps, group=scored[0])
                 last = self.run.last_metrics(CUT_OFF_STEPS + 1)  # of the log, which a resumed run has too
                 self._warn(*step_warnings(record, self.config, counted), *never_stops(last, self.config), *self.stepper.reward_warnings)
+                self._look()
                 if stopped:
                     self._warn(f"the KL to the reference stayed above twice kl.ref_target: stopped at step {record.step}. Raise kl.beta.")
             counted = self.updater.counted
             due = self.config.save_steps and self.step % self.config.save_steps == 0
-            if due or hard_stop.reached or signal.lost or self.step == self.total_steps:
+            if due or hard_stop.reached or signal.lost or self._alerted or self.step == self.total_steps:
                 self.keeper.save(self.step)
             if self._profiler:
                 self._profiler.step(record, [one.group for one in scored])
         if signal.lost or signal.never_there:  # must not pass for a success
             raise NoSignalError(no_signal(signal, self.config))
+
+    def _look(self) -> None:
+        """Look at the policy if it is time, and say what is alarming."""
+        if not self.lookout.due(self.step, self.total_steps):
+            return
+        with watchdog.phase("witness", f"step {self.step}"):
+            alarms = self.lookout.look(self.step)
+        for alarm in alarms:
+            self.view.warn(f"{alarm.level}: {alarm.text}")
+        if self.config.witness.stop_on_alert and any(alarm.level == "alert" for alarm in alarms):
+            self._alerted = True
+            self._warn(f"witness.stop_on_alert ended this run at step {self.step}; the adapter the witness liked best is in {BEST}/")
 
     def _step_or_save(self) -> tuple[StepRecord, list[ScoredGroup]]:
         """One step; what ends it early, a request or an error, must not cost the finished ones, nor what it had itself."""
@@ -234,47 +271,55 @@ class GRPOTrainer(Preparation):
     def _train_reward(self) -> dict[str, Any]:
         if self.config.reward_model.path is not None:
             self._load_reward()
-            return self._calibration
-        self.view.phase("reward adapter", f"no reward given: training one on {len(self.data.pairs)} preference pairs")
+            return self.judges.calibration
+        witness = f", and a witness on {len(self.data.witness_pairs)} others" if self.data.witness_pairs else ""
+        self.view.phase("reward adapter", f"no reward given: training one on {len(self.data.pairs)} preference pairs{witness}")
         started = time.perf_counter()
-        data, gold, keeper = self.data, gold_margin(self._dataset), RewardKeeper(self.run, self.config, self._warn)
-        pairs, prompts = (data.pairs, data.held_out_pairs), data.held_out_prompts or data.prompts
-        run = partial(keeper.train, progress=self._reward_progress)
-        with watchdog.phase("reward training", f"{len(data.pairs)} pairs"):
-            measured = train_and_measure_reward(self.model, self.engine, pairs, prompts, self.config, gold=gold, run=run)
-        self._calibration = {**measured, "memory": self.model.budget.state()}  # a run that goes on cuts its passes as this one does
-        release(self.model.device)
-        with saving(self.run.reward):
-            self.model.save_adapter("reward", self.run.reward)
-        self.run.write_json(f"reward/{CALIBRATION}", self._calibration)
-        keeper.done()
+        margin = gold_margin(self._dataset)
+        self.judges.train(self.run, self.engine, self.data, margin, progress=self._reward_progress, warn=self._warn)
         self.run.event("phase", name="reward adapter", seconds=time.perf_counter() - started)
-        return self._calibration
+        return self.judges.calibration
 
-    def _reward_progress(self, update: int, total: int, loss: float, accuracy: float) -> None:
-        self.run.event("reward_training", update=update, loss=loss, accuracy=accuracy)
+    def _reward_progress(self, adapter: str, update: int, total: int, loss: float, accuracy: float) -> None:
+        self.run.event("reward_training", adapter=adapter, update=update, loss=loss, accuracy=accuracy)
         self.view.reward_training(update, total, loss, accuracy)
 
     def _load_reward(self) -> None:
-        if TRAINED not in self.weights:
-            return
-        given = self.config.reward_model.path
-        folder = self.run.reward if given is None else Path(given)
-        self.model.load_adapter("reward", folder)
-        path = folder / CALIBRATION
-        if not path.is_file():
-            raise ValueError(f"{folder} has no calibration.json, which says how its rewards are scaled. Give a folder train-reward wrote.")
-        self._calibration = json.loads(path.read_text(encoding="utf-8"))
-        if given is None and "memory" in self._calibration:
-            self.model.budget.load(self._calibration["memory"])
+        if TRAINED in self.weights:
+            self.judges.load(self.run)
 
     def _build_rewards(self) -> None:
-        mean = self._calibration.get("reference_mean") or 0.0
-        judge = zero_shot_judge(self._function, self.weights, self.model)
-        self.rewards = build_reward_stack(self._function, self.weights, self.model, self.config, mean, judge=judge)
+        mean = self.judges.calibration.get("reference_mean") or 0.0
+        judge = zero_shot_judge(self._function, self.weights, self.model, self.config.judge.rubric)
+        trained, weights = self.judges.reward() if self.judges.known else None, self._gated(judge)
+        self.rewards = build_reward_stack(
+            self._function, weights, self.model, self.config, mean, trained=trained, judge=judge, engine=self.engine
+        )
         clock = self._profiler.clock if self._profiler else time.perf_counter
         self.stepper = Stepper(self.model, self.engine, self.rewards, self.updater, self.config, judge=judge, clock=clock)
-        self.keeper = Keeper(self.run, self.config, self.stepper, self._calibration)
+        self.keeper = Keeper(self.run, self.config, self.stepper, self.judges.files() if self.judges.known else ())
+        scorers = Scorers(self.rewards, self.judges.witness(), known_gold(self._dataset), lexical_witness(self.data))
+        self.lookout = Lookout(self.run, self.model, self.engine, scorers, self.data.held_out_prompts, self.config)
+
+    def _gated(self, judge: ZeroShotJudge | None) -> dict[str, float]:
+        """The weights, 0 for judges of the untouched model that are not good enough on the held-out pairs. Raises ValueError where no
+        reward is left.
+        """
+        least, weights = self.config.judge.least_accuracy, dict(self.weights)
+        pairwise = pairwise_judge(self.model, self.config) if PAIRWISE in weights and not callable(self._function) else None
+        judges = {name: one for name, one in ((ZERO_SHOT, judge), (PAIRWISE, pairwise)) if one is not None}
+        if not judges or not least or not self.data.held_out_pairs:
+            return weights
+        known = self.run.read_run().get("gates", {})
+        reports = {name: known.get(name) or gate_report(one, self.data.held_out_pairs) for name, one in judges.items()}
+        self.run.update_run(gates=reports)
+        for name, report in reports.items():
+            if failing(report, least):
+                weights[name] = 0.0
+                self._warn(gate_warning(name, report, least))
+        if not any(weights.values()):
+            raise ValueError(f"no reward is left to train with: {', '.join(reports)} cannot be trusted on these data. {REMEDY}")
+        return weights
 
     def _go_on_from(self, checkpoint: Checkpoint | None) -> None:
         self._warn(*resuming.differences(self.run))

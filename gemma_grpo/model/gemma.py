@@ -1,4 +1,4 @@
-"""One frozen Gemma 3 in memory, every role on it: policy and reward are LoRA adapters, the reference is the base with both off.
+"""One frozen Gemma 3 in memory, every role on it: policy and judges are LoRA adapters, the reference is the base with all of them off.
 
 Owns roles and adapters. Not files (loading.py), number formats (precision.py), attention (attention.py) or what is computed from hidden
 states (logprobs.py).
@@ -6,11 +6,12 @@ states (logprobs.py).
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Final, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -32,12 +33,15 @@ from gemma_grpo.model.quantization import Quantizer
 
 _ROOM = "Free the device of other programs, set quantization=nf4, or take a smaller model."
 
-AdapterRole = Literal["policy", "reward"]
-ModelRole = Literal["policy", "reward", "reference"]
+AdapterRole: TypeAlias = str
+"""Name of an adapter: "policy", "reward", and those that `add_adapter` gave."""
+ModelRole: TypeAlias = str
+"""An adapter's name, or "reference" for the base without any."""
+REFERENCE: Final = "reference"
 
 
 class Gemma:
-    """A frozen Gemma 3 decoder with two LoRA adapters. Exactly one role is active at a time: see `role`."""
+    """A frozen Gemma 3 decoder with LoRA adapters, "policy" and "reward" at first. Exactly one role is active at a time: see `role`."""
 
     def __init__(
         self, base: Gemma3ForCausalLM, tokenizer: PreTrainedTokenizerBase, *, name: str, lora: LoraSettings, seed: int = 0
@@ -50,6 +54,7 @@ class Gemma:
         """How many tokens a pass over completions may hold; sampling has a limit of its own (rollout/local.py)."""
         self.checksums: Mapping[str, str] = {}
         """Of the base's tensors as they are stored, by name; empty for a model that was not loaded from files."""
+        self._lora, self._seed = lora, seed
         with torch.random.fork_rng(devices=[]), _quiet():
             # seeded: the adapter's start is part of the run, whatever drew random numbers before
             torch.manual_seed(seed)
@@ -58,8 +63,21 @@ class Gemma:
             self.peft.add_adapter("reward", _lora_config(lora))
             for adapter in self.peft.peft_config.values():
                 adapter.base_model_name_or_path = name
-        self._role: tuple[ModelRole, bool] = ("reference", False)
-        self._switch("reference", train=False)
+        self._role: tuple[ModelRole, bool] = (REFERENCE, False)
+        self._switch(REFERENCE, train=False)
+
+    def add_adapter(self, name: AdapterRole) -> None:
+        """One more adapter of the same shape, whose start depends on its name and the seed alone; nothing where it is there already."""
+        if name in self.peft.peft_config:
+            return
+        if name == REFERENCE or not name.replace("-", "").isalnum():
+            raise ValueError(f"{name!r} cannot name an adapter. Use letters, digits and dashes.")
+        before = self._role
+        with torch.random.fork_rng(devices=[]), _quiet():
+            torch.manual_seed(int(hashlib.sha256(f"{self._seed} {name}".encode()).hexdigest()[:12], 16))
+            self.peft.add_adapter(name, _lora_config(self._lora))
+            self.peft.peft_config[name].base_model_name_or_path = self.name
+        self._switch(before[0], train=before[1])
 
     @classmethod
     def load(
@@ -109,7 +127,7 @@ class Gemma:
             rescale_residual(self.causal_lm, int(divisor))
             return {"divisor": float(divisor)}
         batch = pad_groups(prompts, [[()] for _ in prompts]).to(self.device)
-        with self.role("reference"), explaining_exhaustion(f"out of memory on {self.device} in the first pass over prompts. {_ROOM}"):
+        with self.role(REFERENCE), explaining_exhaustion(f"out of memory on {self.device} in the first pass over prompts. {_ROOM}"):
             return choose_divisor(self.causal_lm, lambda: self.hidden_states(GroupLayout(batch)))
 
     @property
@@ -130,7 +148,7 @@ class Gemma:
 
     @contextmanager
     def role(self, role: ModelRole, *, train: bool = False) -> Iterator[None]:
-        """Run as policy, reward or reference. Gradients, dropout and checkpointing are on for `train` alone, and for that adapter alone."""
+        """Run as an adapter or as the reference. Gradients, dropout and checkpointing are on with `train`, for that adapter alone."""
         before = self._role
         self._switch(role, train=train)
         try:
@@ -139,10 +157,10 @@ class Gemma:
             self._switch(before[0], train=before[1])
 
     def _switch(self, role: ModelRole, *, train: bool) -> None:
-        if train and role == "reference":
+        if train and role == REFERENCE:
             raise ValueError("the reference is the frozen base: it cannot be trained. Train policy or reward.")
         tuner: LoraModel = self.peft.base_model  # type: ignore[assignment]
-        if role == "reference":
+        if role == REFERENCE:
             tuner.disable_adapter_layers()
         else:
             tuner.enable_adapter_layers()

@@ -17,6 +17,7 @@ from html import escape
 from itertools import pairwise
 from typing import Any
 
+from markupsafe import Markup
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -41,10 +42,27 @@ class Series:
     spread: Sequence[float | None] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A drawing of this module, which escapes all text in it, with its caption."""
+
+    title: str
+    caption: str
+    svg: Markup
+
+
 def curve(
-    series: Sequence[Series], title: str, unit: str, *, x_label: str = "step", reference: float | None = None, width: float = 3.4
+    series: Sequence[Series],
+    title: str,
+    unit: str,
+    *,
+    x_label: str = "step",
+    reference: float | None = None,
+    marks: Sequence[float] = (),
+    width: float = 3.4,
 ) -> str:
-    """Lines over steps. Long, noisy series get a faint raw line under a bold running mean. `reference` is a dashed level.
+    """Lines over steps. Long, noisy series get a faint raw line under a bold running mean. `reference` is a dashed level, `marks` are
+    places on the x axis that get a dotted upright line.
 
     `width` is in inches of the drawing's own scale; the page may show it at any size.
     """
@@ -54,6 +72,8 @@ def curve(
             _draw(axes, one, _COLOURS[index % len(_COLOURS)])
         if reference is not None:
             axes.axhline(reference, color=_INK, alpha=0.55, linewidth=1, linestyle=(0, (4, 3)))
+        for place in marks:
+            axes.axvline(place, color=_COLOURS[1], alpha=0.9, linewidth=1, linestyle=(0, (1, 2)))
         _widen_flat(axes)
         if len(series) > 1:
             _label_ends(axes, series)
@@ -76,6 +96,20 @@ def calibration_curve(points: Sequence[tuple[float, float, float]], title: str) 
             [p for p, _, _ in kept], [o for _, o, _ in kept], s=[12 + 60 * n / most for _, _, n in kept], color=_COLOURS[0], linewidths=0
         )
         axes.set(xlim=(lowest - 0.03, 1.03), ylim=(lowest - 0.03, 1.03), aspect="equal", xlabel="predicted", ylabel="observed")
+        return _svg(figure, title)
+
+
+def scatter(points: Sequence[Series], title: str, x_label: str, y_label: str, *, lines: Sequence[Series] = (), width: float = 5.2) -> str:
+    """Points of several kinds, and lines fitted to them, each kind's in its colour."""
+    with _style(title):
+        figure, axes = _figure(width, 2.8)
+        for index, one in enumerate(points):
+            axes.plot(list(one.x), [_number(value) for value in one.y], "o", color=_COLOURS[index % len(_COLOURS)], markersize=4)
+        for index, one in enumerate(lines):
+            axes.plot(list(one.x), [_number(value) for value in one.y], color=_COLOURS[index % len(_COLOURS)], alpha=0.7, linewidth=1.2)
+        _label_ends(axes, points)
+        axes.set_ylabel(_plain(y_label), parse_math=False)
+        axes.set_xlabel(_plain(x_label), parse_math=False)
         return _svg(figure, title)
 
 

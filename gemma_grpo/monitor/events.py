@@ -40,13 +40,14 @@ from gemma_grpo.types import ScoredGroup, StepRecord
 __all__ = ["RunDirectory", "RunDirectoryError", "next_run_path"]
 
 RECIPE, RUN, METRICS, SAMPLES, EVENTS = "recipe.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "events.jsonl"
+LOOKS = "witnesses.jsonl"
 _LONGEST_LINE = 2**16
 """Bytes, of metrics.jsonl."""
 _LOCK, _WRITER = ".lock", ".writer"
 _HOLDER = re.compile(r"process (\d+) on host (\S+)\n")
 _DEEPEST = "checkpoints/.tmp-step-0000000012/policy/adapter_model.safetensors"
 """A run's longest path, so that a name too long for it is known before."""
-_EXACT_LOGS = (METRICS, SAMPLES)
+_EXACT_LOGS = (METRICS, SAMPLES, LOOKS)
 """Logs that resume to the byte. events.jsonl is not among them: it tells what happened, repeated steps included."""
 
 
@@ -156,6 +157,15 @@ class RunDirectory:
             lines = log.read().splitlines(keepends=True)
         return [json.loads(line) for line in lines[-count:]]
 
+    def append_look(self, look: Mapping[str, Any]) -> None:
+        """Add a look at the policy to witnesses.jsonl."""
+        self._append(LOOKS, look)
+
+    def looks(self) -> list[dict[str, Any]]:
+        """Every look so far, oldest first."""
+        with (self.path / LOOKS).open(encoding="utf-8") as log:
+            return [json.loads(line) for line in log]
+
     def append_samples(self, step: int, groups: Iterable[ScoredGroup]) -> None:
         """Add every group of a step to samples.jsonl, one line each, all or none."""
         self._append(SAMPLES, *(_sample(step, group) for group in groups))
@@ -204,7 +214,7 @@ class RunDirectory:
             self.update_run(status=status, ended=time.time(), error=text, **({"steps": step} if step else {}))
 
     def offsets(self) -> dict[str, int]:
-        """Sizes in bytes of metrics.jsonl and samples.jsonl, after they have reached the disk: what a checkpoint stores."""
+        """Sizes in bytes of the logs that are resumed exactly, after they have reached the disk: what a checkpoint stores."""
         sizes = {}
         for name in _EXACT_LOGS:
             with translated(self.path / name), (self.path / name).open("ab") as log:
@@ -250,7 +260,7 @@ class RunDirectory:
             append_whole(self.path / name, "".join(to_json(name, record) + "\n" for record in records).encode())
 
 
-_LOGS = (METRICS, SAMPLES, EVENTS)
+_LOGS = (*_EXACT_LOGS, EVENTS)
 
 
 def next_run_path(root: str | Path, stem: str) -> Path:

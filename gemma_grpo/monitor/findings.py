@@ -46,7 +46,9 @@ class Style:
 STYLES = {
     "gold": Style("gold", 2, 1, "exact score in [0, 1], never seen in training"),
     "reward": Style("reward (proxy)", 2, 1, "what training maximised"),
+    "witness": Style("held-out judge", 2, 1, "a judge trained on other pairs, never seen in training"),
     "win_rate": Style("win rate", 0, 1, "against the untouched model; ties count half", percent=True),
+    "win_rate_chosen": Style("win rate, dataset", 0, 1, "against the dataset's preferred reply; ties count half", percent=True),
     "kl": Style("KL per token", 3, 0, "nat, to the untouched model"),
     "kl_sequence": Style("KL per reply", 2, 0, "nat, to the untouched model"),
     "length": Style("length", 1, 0, "tokens"),
@@ -117,6 +119,14 @@ def verdict(evaluation: Mapping[str, Any]) -> Verdict | None:
         words = {1: ("good", "Better."), -1: ("bad", "Worse."), 0: ("unclear", "No clear change.")}
         tone, headline = words[gold.sure]
         return Verdict(tone, headline, _sentence("Gold", gold, STYLES["gold"]), _further(evaluation), _warnings(evaluation))
+    witness = measure(evaluation.get("witness"))
+    if witness:
+        tone, headline = {1: ("good", "Better, says the witness."), -1: ("bad", "Worse, says the witness.")}.get(
+            witness.sure, ("unclear", "No clear change.")
+        )
+        sentence = _sentence("Held-out judge", witness, STYLES["witness"])
+        caution = "No true score is known here. The witness learned from other pairs than the reward, on the same base: it can err with it."
+        return Verdict(tone, headline, sentence, [caution, *_further(evaluation)], _warnings(evaluation))
     if not reward:
         return None
     words = {1: ("unclear", "The reward rose."), -1: ("bad", "The reward fell."), 0: ("unclear", "No clear change.")}
@@ -161,7 +171,12 @@ def _further(evaluation: Mapping[str, Any]) -> list[str]:
         judge = evaluation["win_rate"].get("judge", "unknown")
         style = STYLES["win_rate"]
         ends = "" if win.low is None or win.high is None else f" [{show(0.5 + win.low, style)}, {show(0.5 + win.high, style)}]"
-        lines.append(f"Against the untouched model it wins {show(win.after, style)}{ends}, judged by {judge} in both orders.")
+        controlled = _controlled(evaluation["win_rate"])
+        lines.append(f"Against the untouched model it wins {show(win.after, style)}{ends}, judged by {judge}{controlled}.")
+    if over := known.get("win_rate_chosen"):
+        controlled = _controlled(evaluation["win_rate_chosen"])
+        change = f"{show(over.before, STYLES['win_rate_chosen'])} → {show(over.after, STYLES['win_rate_chosen'])}"
+        lines.append(f"Against the dataset’s preferred reply it wins {change}{controlled}.")
     drift = [f"{STYLES[name].title} {show(known[name].after, STYLES[name])} nat" for name in ("kl", "kl_sequence") if name in known]
     if length := known.get("length"):
         drift.append(f"length {show(length.before, STYLES['length'])} → {show(length.after, STYLES['length'])} tokens")
@@ -175,6 +190,19 @@ def _further(evaluation: Mapping[str, Any]) -> list[str]:
     if refusals:
         lines.append(f"Refusals: {', '.join(refusals)}.")
     return lines
+
+
+def _controlled(data: Any) -> str:
+    """The win rate at equal length, as the end of a sentence; empty where there is none."""
+    found = data.get("length_controlled") if isinstance(data, Mapping) else None
+    value = real(found.get("value")) if isinstance(found, Mapping) else None
+    if value is None or found is None:
+        return ""
+    style, interval = STYLES["win_rate"], found.get("interval")
+    ends = ""
+    if isinstance(interval, list) and len(interval) == 2 and None not in (low := real(interval[0]), high := real(interval[1])):
+        ends = f" [{show(low, style)}, {show(high, style)}]"
+    return f"; at equal length {show(value, style)}{ends}"
 
 
 def _warnings(evaluation: Mapping[str, Any]) -> list[str]:

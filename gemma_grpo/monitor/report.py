@@ -20,23 +20,15 @@ from markupsafe import Markup
 
 from gemma_grpo.containment import link_out
 from gemma_grpo.escapes import visible
-from gemma_grpo.monitor import findings
-from gemma_grpo.monitor.charts import Series, calibration_curve, curve
+from gemma_grpo.monitor import findings, watched
+from gemma_grpo.monitor.charts import Chart, Series, calibration_curve, curve
 from gemma_grpo.monitor.profile_table import TITLE, profile_notes, profile_rows
 from gemma_grpo.monitor.run_files import Record, RunFiles, read_run_files, real, records
+from gemma_grpo.monitor.watch_charts import watch_charts
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 _SHOWN_GROUPS = 3
 _TOLD_EVENTS = ("warn", "rollback", "error", "note")
-
-
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """A curve with its caption. `svg` was made by charts.py, which escapes all text."""
-
-    title: str
-    caption: str
-    svg: Markup
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +86,8 @@ def render_report(files: RunFiles) -> str:
 @cache
 def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"text": _text, "number": _number, "score": _score, "share": _share, "when": _when, "duration": _duration}
+    environment.filters |= {"text": _text, "number": _number, "score": _score, "share": _share, "listed": _listed}
+    environment.filters |= {"when": _when, "duration": _duration}
     environment.filters["records"] = records
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
@@ -113,6 +106,10 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "accuracies": _accuracies(calibration),
         "calibration_chart": _calibration_chart(calibration),
         "curves": _curves(files.metrics),
+        "watched_charts": watch_charts(files),
+        "parting": watched.parting_lines(watched.parting(files.looks)),
+        "alarms": [one for look in files.looks for one in records(look.get("alarms"))],
+        "notable": watched.notable(files.looks),
         "phases": _phases(files),
         "profile_title": TITLE,
         "profile_rows": profile_rows(files.profile),
@@ -152,10 +149,12 @@ def _accuracies(calibration: Record) -> list[tuple[str, float, str, str]]:
     """Name, share, interval and number of pairs for each accuracy of the reward adapter."""
     named = [("reward adapter", "accuracy"), ("before training (zero-shot)", "accuracy_zero_shot"), ("longer reply wins", "longer_wins")]
     named += [("reward adapter, replies of closest length", "closest_length_quarter")]
+    named += [("TF-IDF and logistic regression, same pairs", "accuracy_lexical"), ("members agree", "agreement")]
+    named += [("reward adapter, conversations met once", "without_sibling")]
     entries = [(title, calibration.get(key)) for title, key in named]
-    for group in ("by_source", "by_kind"):
+    for group, said in (("by_source", ""), ("by_kind", ""), ("by_depth", "turns of the person: ")):
         parts = calibration.get(group)
-        entries += [(f"reward adapter, {name}", part) for name, part in parts.items()] if isinstance(parts, Mapping) else []
+        entries += [(f"reward adapter, {said}{name}", part) for name, part in parts.items()] if isinstance(parts, Mapping) else []
     rows = []
     for title, entry in entries:
         if not isinstance(entry, Mapping) or (value := real(entry.get("value"))) is None:
@@ -263,6 +262,10 @@ def _number(value: Any) -> str:
     if number is None:
         return "–"
     return f"{int(number):,}".replace(",", "\u202f") if number == int(number) else f"{number:.4g}"
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(map(_text, value)) if isinstance(value, list) else _text(value)
 
 
 def _score(value: Any) -> str:

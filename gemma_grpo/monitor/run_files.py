@@ -30,6 +30,8 @@ class RunFiles:
     last_groups: list[Record]
     """The last groups of samples.jsonl, all of the last step."""
     events: list[Record]
+    looks: list[Record]
+    """What witnesses.jsonl holds, oldest first."""
     evaluation: Record
     calibration: Record
     profile: Record
@@ -53,6 +55,7 @@ def read_run_files(path: str | Path) -> RunFiles:
         first_groups=first,
         last_groups=last,
         events=list(_lines(path / "events.jsonl", problems)),
+        looks=list(_lines(path / "witnesses.jsonl", problems)) if (path / "witnesses.jsonl").is_file() else [],
         evaluation=_object(path / "evaluation.json", problems),
         calibration=_object(path / "reward" / "calibration.json", problems),
         profile=_object(path / "profile.json", problems) if (path / "profile.json").is_file() else {},

@@ -21,7 +21,7 @@ PARTS = (BASE, ADAPTERS, SLIDING_KV, GLOBAL_KV, ACTIVATIONS, LOGITS, PROGRAM)
 
 JUDGE_TOKENS = 24
 """The judge's question after a completion, closing and opening turn included, rounded up."""
-REFERENCE_PROMPTS = 64
+REFERENCE_PROMPTS, REFERENCE_SAMPLES = 64, 4
 """Prompts on which the trained reward is centred: one completion each (grpo/assess.py)."""
 
 Stage = Mapping[str, float]
@@ -119,7 +119,8 @@ class Run:
             size = config.evaluation.num_completions
             groups[size] = min(config.evaluation.num_prompts, max(1, config.completions_per_step // size))
         if self.trains_reward:
-            groups[1] = max(groups.get(1, 0), min(REFERENCE_PROMPTS, config.completions_per_step))
+            size = REFERENCE_SAMPLES
+            groups[size] = max(groups.get(size, 0), min(REFERENCE_PROMPTS, max(1, config.completions_per_step // size)))
         return groups
 
     def reward(self, tokens: int) -> Phase:
@@ -157,10 +158,18 @@ class Run:
         piece = Pass.of(read, settings.max_length - half, 2, half)
         return self._phase("reward training", terms.REWARD_TRAINING_COPIES, *self._backward(piece))
 
+    @property
+    def _further_judges(self) -> int:
+        """Adapters beside policy and reward: other members of the ensemble, and the witness. Two sources are assumed for per_source."""
+        settings, witness = self.config.reward_model, self.config.witness
+        if "generative" not in self.rewards:
+            return 0
+        return settings.members * (2 if settings.per_source else 1) - 1 + bool(witness.share or witness.path)
+
     def _phase(self, name: str, copies: int, *stages: Stage) -> Phase:
         fixed = {
             BASE: terms.base_weights(self.shape, self.numbers),
-            ADAPTERS: terms.adapters(self.shape, self.config.lora, copies),
+            ADAPTERS: terms.adapters(self.shape, self.config.lora, copies + self._further_judges),
             PROGRAM: terms.program(self.shape, self.numbers),
         }
         largest = max(stages, key=lambda stage: sum(stage.values()))

@@ -1,8 +1,8 @@
 """The generative reward: log-odds that Gemma answers "Yes" to "is this a good reply?", trained on preference pairs.
 
-There is no head: the reward adapter starts from the model's own verdict, above chance, and scores a rollout's own tokens
-followed by a fixed suffix. Not here: how it is trained (training.py), quality figures (quality.py), and the judge that is not trained
-(zero_shot.py).
+There is no head: a reward adapter starts from the model's own verdict, above chance, and scores a rollout's own tokens
+followed by a fixed suffix. Not here: several adapters as one (ensemble.py), how one is trained (training.py), quality figures
+(quality.py), and the judge that is not trained (zero_shot.py).
 """
 
 from __future__ import annotations
@@ -19,23 +19,31 @@ from gemma_grpo.data.prompts import EncodedPair
 from gemma_grpo.model.attention import GroupLayout
 from gemma_grpo.model.gemma import Gemma, ModelRole
 from gemma_grpo.reward.base import Scores
-from gemma_grpo.types import RolloutGroup
+from gemma_grpo.types import Completion, Prompt, RolloutGroup
 
 JUDGE_QUESTION = "Is this a good reply? Answer Yes or No."
 
 
 class Judge:
-    """Reads verdicts: knows the question's tokens and the two answers' rows of the head."""
+    """Reads verdicts: knows the question's tokens and the two answers' rows of the head. A rubric comes before the question."""
 
-    def __init__(self, model: Gemma) -> None:
+    def __init__(self, model: Gemma, rubric: str | None = None) -> None:
         self.model = model
-        self.suffix = judge_suffix_ids(model.tokenizer, JUDGE_QUESTION)
+        self.suffix = judge_suffix_ids(model.tokenizer, JUDGE_QUESTION if rubric is None else f"{rubric.strip()}\n\n{JUDGE_QUESTION}")
         self.yes, self.no = (_first_token(model, answer) for answer in ("Yes", "No"))
 
     def log_odds(self, batch: GroupBatch) -> Float[Tensor, "N G"]:
         """logit(Yes) - logit(No) after the last token of each completion, which ends with the suffix; of the model's present role."""
         layout = GroupLayout(batch)
         return self.verdicts(layout, self.model.hidden_states(layout))
+
+    def batch(self, pairs: Sequence[EncodedPair]) -> GroupBatch:
+        """Each pair as a group of two, the chosen reply first, each followed by the question."""
+        return pair_batch(self, pairs)
+
+    def scores(self, piece: GroupBatch) -> Float[Tensor, "N 2"]:
+        """The verdicts on pairs, of the model's present role: what is trained."""
+        return self.log_odds(piece)
 
     def verdicts(self, layout: GroupLayout, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "N G"]:
         """The same from a layout's hidden states."""
@@ -47,16 +55,14 @@ class Judge:
 
 
 class GenerativeReward:
-    """Scores rollouts by the judge's log-odds with the trained reward adapter."""
+    """Scores rollouts by the judge's log-odds with one trained adapter."""
 
-    name = "generative"
-
-    def __init__(self, model: Gemma) -> None:
-        self.judge = Judge(model)
+    def __init__(self, model: Gemma, adapter: str = "reward", *, name: str = "generative") -> None:
+        self.judge, self.adapter, self.name = Judge(model), adapter, name
 
     def score(self, groups: Sequence[RolloutGroup]) -> Scores:
         """Log-odds of each completion, [N][G]. A completion cut by the length limit is judged as it is, unfinished."""
-        return scores_by_size(groups, lambda part: _verdicts(self.judge, pad_rollouts(part, self.judge.suffix), "reward"))
+        return scores_by_size(groups, lambda part: _verdicts(self.judge, pad_rollouts(part, self.judge.suffix), self.adapter))
 
 
 def scores_by_size(groups: Sequence[RolloutGroup], read: Callable[[Sequence[RolloutGroup]], Float[Tensor, "N G"]]) -> Scores:
@@ -89,6 +95,21 @@ def pair_batch(judge: Judge, pairs: Sequence[EncodedPair]) -> GroupBatch:
     """Each pair as a group of two: the chosen and the rejected reply, followed by the judge's question."""
     replies = [[(*reply, *judge.suffix) for reply in (pair.chosen_ids, pair.rejected_ids)] for pair in pairs]
     return pad_groups([pair.prompt_ids for pair in pairs], replies).to(judge.model.device)
+
+
+def pair_groups(pairs: Sequence[EncodedPair]) -> list[RolloutGroup]:
+    """Each pair as a group of two finished completions, the chosen one first: what any reward can score."""
+    return [
+        RolloutGroup(
+            Prompt(item.pair.pair_id, item.pair.source, item.pair.messages, item.prompt_ids, item.conversation_id, item.pair.columns),
+            tuple(
+                Completion(text, ids, (0.0,) * len(ids), "stop")
+                for text, ids in ((item.pair.chosen, item.chosen_ids), (item.pair.rejected, item.rejected_ids))
+            ),
+            0,
+        )
+        for item in pairs
+    ]
 
 
 def _first_token(model: Gemma, answer: str) -> int:

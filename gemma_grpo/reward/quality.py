@@ -6,16 +6,23 @@ Accuracy alone flatters: a rule as blunt as "the longer reply wins" is right in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
+from scipy.stats import spearmanr
 from torch import Tensor
 
-from gemma_grpo.types import PreferencePair
+from gemma_grpo.data.prompts import conversation_id
+from gemma_grpo.reward.base import Scores
+from gemma_grpo.types import PreferencePair, RolloutGroup
 
 BINS = 5
+SUSPICIOUS = 0.76
+"""Accuracy from which leaks are looked for: raters who agree on 63 % of pairs let a perfect judge be right on 75.5 % (p^2 + (1 - p)^2)."""
 
 
 def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -50,9 +57,64 @@ def quality_report(pairs: Sequence[PreferencePair], scores: Float[Tensor, "N 2"]
         "closest_length_quarter": accuracy(margins[closest]),
         "by_source": _by(pairs, margins, lambda pair: pair.source),
         "by_kind": _by(pairs, margins, lambda pair: str(pair.columns["kind"])) if _has_kinds(pairs) else {},
+        "by_depth": _by(pairs, margins, _depth),
+        "without_sibling": accuracy(margins[_alone(pairs)]),
+        "length_correlation": spearman(margins.tolist(), difference.tolist()),
         "calibration": bins,
         "expected_calibration_error": error,
     }
+
+
+def agreement(members: Iterable[Sequence[Sequence[float | None]]]) -> dict[str, Any]:
+    """Share of the pairs, [N][2] scores of each member, on which every member that scored it prefers the same reply."""
+    same = n = 0
+    for rows in zip(*members, strict=True):
+        sides = {chosen > rejected for chosen, rejected in rows if chosen is not None and rejected is not None}
+        n += bool(sides)
+        same += len(sides) == 1
+    return {"value": same / n if n else None, "interval": list(wilson_interval(float(same), n)), "n": n}
+
+
+def spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Rank correlation; None where either is constant, or below three values."""
+    if len(one) < 3 or len(set(one)) < 2 or len(set(other)) < 2:
+        return None
+    return float(spearmanr(one, other).statistic)
+
+
+def within_group_length_correlation(groups: Sequence[RolloutGroup], scores: Scores) -> dict[str, Any]:
+    """By source, the mean over groups of the rank correlation of reward and length in tokens: what a policy could gain by length alone."""
+    found: dict[str, list[float]] = {}
+    for group, row in zip(groups, scores, strict=True):
+        pairs = [(value, len(one.token_ids)) for value, one in zip(row, group.completions, strict=True) if value is not None]
+        if (value := spearman([score for score, _ in pairs], [float(length) for _, length in pairs])) is not None:
+            found.setdefault(group.prompt.source, []).append(value)
+    return {source: {"value": fmean(values), "n": len(values)} for source, values in sorted(found.items())}
+
+
+def leakage(train: Sequence[PreferencePair], held_out: Sequence[PreferencePair]) -> dict[str, Any]:
+    """How much of the held-out pairs training saw: conversations on both sides, and replies that a training row's context goes on with.
+
+    In hh-rlhf a deeper row continues one of the replies of a shallower one, and which one gives its label away (ALGORITHM: by conversation,
+    never by row).
+    """
+    conversations = {conversation_id(pair.messages) for pair in train}
+    continued = {message["content"].strip() for pair in train for message in pair.messages if message["role"] == "assistant"}
+    shared = sum(conversation_id(pair.messages) in conversations for pair in held_out)
+    told = sum(bool({pair.chosen.strip(), pair.rejected.strip()} & continued) for pair in held_out)
+    return {"n": len(held_out), "conversations_in_training": shared, "replies_in_training_contexts": told}
+
+
+def leakage_warning(report: Mapping[str, Any]) -> str | None:
+    """What to say of an accuracy that is higher than people agree with each other; None where nothing is to be said."""
+    found, value = report.get("leakage"), (report.get("accuracy") or {}).get("value")
+    if not found or value is None or not (found["conversations_in_training"] or found["replies_in_training_contexts"]):
+        return None
+    return (
+        f"the reward adapter is right on {value:.1%} of held-out pairs, more than two people agree ({SUSPICIOUS:.0%}). Of these pairs "
+        f"{found['conversations_in_training']} are of conversations it was trained on, and of {found['replies_in_training_contexts']} "
+        "a training row goes on with a reply: labels leak. Split the data by conversation."
+    )
 
 
 def calibration(margins: Float[Tensor, " N"]) -> tuple[list[dict[str, float]], float | None]:
@@ -70,6 +132,19 @@ def calibration(margins: Float[Tensor, " N"]) -> tuple[list[dict[str, float]], f
             bins.append({"predicted": predicted, "observed": observed, "n": n})
             error += n / len(margins) * abs(predicted - observed)
     return bins, error if len(margins) else None
+
+
+def _depth(pair: PreferencePair) -> str:
+    """Turns of the person: "1", "2", "3" or "4+"."""
+    turns = sum(message["role"] == "user" for message in pair.messages)
+    return str(turns) if turns < 4 else "4+"
+
+
+def _alone(pairs: Sequence[PreferencePair]) -> list[int]:
+    """Places of the pairs whose conversation no other of them is of."""
+    names = [conversation_id(pair.messages) for pair in pairs]
+    counts = Counter(names)
+    return [n for n, name in enumerate(names) if counts[name] == 1]
 
 
 def _has_kinds(pairs: Sequence[PreferencePair]) -> bool:

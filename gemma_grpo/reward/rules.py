@@ -6,6 +6,8 @@ against degenerate text; alone they teach nothing. Facts and sources: docs/metho
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -79,6 +81,13 @@ def repetition(completion: Completion) -> float:
     return len(set(trigrams)) / len(trigrams) - 1 if trigrams else 0.0
 
 
+def distinct_n(texts: Iterable[str], n: int) -> float:
+    """Distinct / all n-grams of words and punctuation marks over all texts, case aside (arXiv:1510.03055); 1 where there are none."""
+    lists = [_WORD.findall(text.casefold()) for text in texts]
+    grams = [gram for words in lists for gram in zip(*(words[k:] for k in range(n)), strict=False)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
 def empty(completion: Completion) -> float:
     """-1 for a reply without a single letter or digit - nothing, blanks, "...", ":" - else 0."""
     return 0.0 if any(character.isalnum() for character in completion.text) else -1.0
@@ -99,6 +108,12 @@ def format_markup(completion: Completion) -> float:
 def refusal(completion: Completion) -> float:
     """-1 for a refusal, else 0: for benign prompts, where every refusal is one too many."""
     return -1.0 if is_refusal(completion.text) else 0.0
+
+
+def random_score(completion: Completion) -> float:
+    """Uniform in (-1, 0], by a hash of the tokens and their log-probabilities: nothing that could be learned. For a control run."""
+    drawn = json.dumps([completion.token_ids, completion.sampling_logprobs]).encode()
+    return -int(hashlib.sha256(drawn).hexdigest()[:13], 16) / 16**13
 
 
 def is_refusal(text: str) -> bool:
@@ -122,6 +137,7 @@ RULES: dict[str, Callable[[int], Callable[[Completion], float]]] = {
     "role_leak": _free(role_leak),
     "format": _free(format_markup),
     "refusal": _free(refusal),
+    "random": _free(random_score),
 }
 """Rule name -> max_completion_length -> the rule."""
 

@@ -10,6 +10,8 @@ from gemma_grpo.reward.base import Reward, RewardError, Scores, Shape
 from gemma_grpo.types import Completion, RolloutGroup
 
 References = Callable[[Sequence[RolloutGroup]], Sequence[float]]
+Replies = Callable[[Sequence[RolloutGroup]], "Sequence[Completion | None]"]
+"""One reply to each group's prompt, None where there is none."""
 
 
 def par(references: References) -> Shape:
@@ -28,14 +30,13 @@ def par(references: References) -> Shape:
 
 
 class ReferenceRewards:
-    """A reward, and one reference reward per group: of the dataset's preferred reply where the prompt has one (column "chosen").
+    """A reward, and one reference reward per group: of the reply that `replies` gives for its prompt, elsewhere `mean`.
 
-    The reply is scored beside the group's completions, as one more of them: their prompt is computed once. Elsewhere the reference is
-    `mean`, the reward of the reference policy's samples.
+    The reply is scored beside the group's completions, as one more of them: their prompt is computed once.
     """
 
-    def __init__(self, reward: Reward, encode_reply: Callable[[str], Sequence[int]], mean: float) -> None:
-        self.reward, self.encode_reply, self.mean = reward, encode_reply, mean
+    def __init__(self, reward: Reward, replies: Replies, mean: float) -> None:
+        self.reward, self.replies, self.mean = reward, replies, mean
         self._references: dict[str, float] = {}
 
     @property
@@ -45,7 +46,7 @@ class ReferenceRewards:
 
     def score(self, groups: Sequence[RolloutGroup]) -> Scores:
         """Scores of the groups' completions alone; the references of these groups are had from then on by calling this."""
-        rows = self.reward.score([self._with_reply(group) for group in groups])
+        rows = self.reward.score(with_replies(groups, self.replies))
         self._references = {}
         for group, row in zip(groups, rows, strict=True):
             beside = row[len(group.completions) :]
@@ -57,12 +58,28 @@ class ReferenceRewards:
         """Reference rewards of the groups that were scored last, in the order of these."""
         return [self._references[group.prompt.prompt_id] for group in groups]
 
-    def _with_reply(self, group: RolloutGroup) -> RolloutGroup:
-        reply = group.prompt.columns.get("chosen")
-        if not isinstance(reply, str):
-            return group
-        token_ids = tuple(self.encode_reply(reply))
-        return replace(group, completions=(*group.completions, Completion(reply, token_ids, (0.0,) * len(token_ids), "stop")))
+
+def chosen_replies(encode_reply: Callable[[str], Sequence[int]]) -> Replies:
+    """The dataset's preferred replies (column "chosen") as completions; None for a prompt that has none."""
+
+    def replies(groups: Sequence[RolloutGroup]) -> list[Completion | None]:
+        texts = [group.prompt.columns.get("chosen") for group in groups]
+        return [_completion(text, encode_reply(text)) if isinstance(text, str) else None for text in texts]
+
+    return replies
+
+
+def with_replies(groups: Sequence[RolloutGroup], replies: Replies) -> list[RolloutGroup]:
+    """The groups with the reply of each prompt as one more completion; as they are where there is none."""
+    found = replies(groups)
+    return [
+        group if reply is None else replace(group, completions=(*group.completions, reply))
+        for group, reply in zip(groups, found, strict=True)
+    ]
+
+
+def _completion(text: str, token_ids: Sequence[int]) -> Completion:
+    return Completion(text, tuple(token_ids), (0.0,) * len(token_ids), "stop")
 
 
 def _sigmoid(x: float) -> float:

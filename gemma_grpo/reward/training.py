@@ -1,4 +1,4 @@
-"""Bradley-Terry training of the "reward" adapter on preference pairs, on the same log-odds that it will score with.
+"""Bradley-Terry training of a reward adapter on preference pairs, on the same log-odds that it will score with.
 
 Owns the one epoch over the pairs, and what of it a checkpoint needs. What a verdict is, is generative.py's.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,12 +19,31 @@ from torch.nn.functional import logsigmoid
 from gemma_grpo.config.schema import RewardModelSettings
 from gemma_grpo.data.batch import GroupBatch
 from gemma_grpo.data.prompts import EncodedPair
+from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.model.optimizer import AdapterOptimizer
 from gemma_grpo.model.precision import LossScale
-from gemma_grpo.reward.generative import Judge, pair_batch
 
 Progress = Callable[[int, int, float, float], None]
 """Called after each update with its number, the number of all, its loss and its share of pairs ranked right."""
+
+
+@runtime_checkable
+class PairScorer(Protocol):
+    """What a training needs of whoever scores pairs: a judge's verdict (generative.py), or an implicit reward (implicit.py)."""
+
+    model: Gemma
+
+    def batch(self, pairs: Sequence[EncodedPair]) -> GroupBatch:
+        """Each pair as a group of two, the chosen reply first."""
+        ...
+
+    def scores(self, piece: GroupBatch) -> Float[Tensor, "N 2"]:
+        """Of the model's present role, with gradients where that is being trained."""
+        ...
+
+
+PairLoss = Callable[[Tensor], Tensor]
+"""Scores of pairs, [N 2], to the mean of their losses."""
 
 
 def bradley_terry_loss(rewards: Float[Tensor, "N 2"], *, centering: float = 0.0, label_smoothing: float = 0.0) -> Float[Tensor, ""]:
@@ -37,22 +58,33 @@ def bradley_terry_loss(rewards: Float[Tensor, "N 2"], *, centering: float = 0.0,
 
 
 class RewardTraining:
-    """One epoch of Bradley-Terry over the pairs, in place on the "reward" adapter: AdamW, warm-up over a tenth, then linear to 0.
+    """One epoch of Bradley-Terry over the pairs, in place on one adapter: AdamW, warm-up over a tenth, then linear to 0.
 
     Both sides of a pair are always in one batch, and their conversation is computed once. Between two updates `state` is all that is
     needed, beside the adapter, to go on exactly.
     """
 
-    def __init__(self, judge: Judge, pairs: Sequence[EncodedPair], settings: RewardModelSettings, *, seed: int) -> None:
-        self.judge, self.settings, self.seed = judge, settings, seed
+    def __init__(
+        self,
+        scorer: PairScorer,
+        pairs: Sequence[EncodedPair],
+        settings: RewardModelSettings,
+        *,
+        seed: int,
+        adapter: str = "reward",
+        loss: PairLoss | None = None,
+    ) -> None:
+        self.scorer, self.settings, self.seed, self.adapter = scorer, settings, seed, adapter
+        centering, smoothing = settings.centering, settings.label_smoothing
+        self.loss: PairLoss = loss or partial(bradley_terry_loss, centering=centering, label_smoothing=smoothing)
         self.order = sorted(pairs, key=lambda item: hashlib.sha256(f"{seed}/{item.pair.pair_id}".encode()).digest())
         self.updates = -(-len(self.order) // settings.batch_size)
         self.made = 0
         """Updates made."""
         self.intact = True
         """Whether weights and optimizer are those after `made` updates."""
-        self.optimizer = AdapterOptimizer(judge.model.adapter_parameters("reward"), betas=(0.9, 0.99))
-        self.scale = LossScale(judge.model.dtype)
+        self.optimizer = AdapterOptimizer(scorer.model.adapter_parameters(adapter), betas=(0.9, 0.99))
+        self.scale = LossScale(scorer.model.dtype)
 
     def run(self, progress: Progress | None = None) -> None:
         """The updates that are left. Raises FloatingPointError on a loss or gradient that is not finite, before the update."""
@@ -89,36 +121,35 @@ class RewardTraining:
 
     def _gradient(self, pairs: Sequence[EncodedPair]) -> tuple[list[Tensor], float, Float[Tensor, "N 2"]]:
         """Gradient of the mean loss over the pairs, that loss, and the pairs' rewards; the same however the token budget cuts them."""
-        model, settings, parameters = self.judge.model, self.settings, list(self.optimizer.parameters.values())
+        model, parameters = self.scorer.model, list(self.optimizer.parameters.values())
         gradient, loss, rewards = [torch.zeros_like(parameter) for parameter in parameters], 0.0, torch.zeros(len(pairs), 2)
 
         def work(piece: GroupBatch) -> tuple[Sequence[Tensor | None], Tensor, Tensor]:
             while True:
-                log_odds = self.judge.log_odds(piece)
-                mean = bradley_terry_loss(log_odds, centering=settings.centering, label_smoothing=settings.label_smoothing)
-                share = mean * (len(log_odds) / len(pairs))
+                scores = self.scorer.scores(piece)
+                share = self.loss(scores) * (len(scores) / len(pairs))
                 part = self.scale.gradient(share, parameters, 1 / len(pairs))
                 if part is not None:
-                    return part, share.detach(), log_odds.detach()
+                    return part, share.detach(), scores.detach()
 
-        batch = pair_batch(self.judge, pairs)
-        with model.role("reward", train=True):
+        batch = self.scorer.batch(pairs)
+        with model.role(self.adapter, train=True):
             # whole groups: the two sides of a pair meet in one loss
-            for slot, (part, share, log_odds) in model.budget.run(batch, work, doing="training the reward adapter", whole_groups=True):
+            for slot, (part, share, scores) in model.budget.run(batch, work, doing="training the reward adapter", whole_groups=True):
                 for total, value in zip(gradient, part, strict=True):
                     if value is not None:
                         total += value
                 loss += share.item()
-                slot.put(log_odds, rewards)
+                slot.put(scores, rewards)
         return gradient, loss, rewards
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
         """Adam's moments by parameter name, and the numbers beside them."""
-        return self.optimizer.state(), {"loss_scale": self.scale.state(), "memory": self.judge.model.budget.state()}
+        return self.optimizer.state(), {"loss_scale": self.scale.state(), "memory": self.scorer.model.budget.state()}
 
     def load(self, made: int, tensors: Mapping[str, Tensor], controllers: Mapping[str, Mapping[str, float]]) -> None:
         """Continue after `made` updates from what state() gave."""
         self.made = made
         self.optimizer.load(tensors)
         self.scale.load(controllers["loss_scale"])
-        self.judge.model.budget.load(controllers["memory"])
+        self.scorer.model.budget.load(controllers["memory"])

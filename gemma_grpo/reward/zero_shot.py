@@ -49,8 +49,8 @@ class ZeroShotJudge:
 
     name = "judge"
 
-    def __init__(self, model: Gemma) -> None:
-        self.judge = Judge(model)
+    def __init__(self, model: Gemma, rubric: str | None = None) -> None:
+        self.judge = Judge(model, rubric)
         self._wanted = _Wanted(frozenset(), 1.0)
 
     def score(self, groups: Sequence[RolloutGroup]) -> Scores:

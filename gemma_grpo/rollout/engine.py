@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from gemma_grpo.types import Completion, Prompt, RolloutGroup
 
@@ -22,7 +22,8 @@ class SamplingParams:
     seed: int = 0
     step: int = 0
     """With the seed it decides every token; also the policy_step of the groups."""
-    role: Literal["policy", "reference"] = "policy"
+    role: str = "policy"
+    """Who answers: an adapter's name, or "reference"."""
 
 
 @runtime_checkable

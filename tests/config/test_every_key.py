@@ -95,6 +95,14 @@ FAR = {"learning_rate": 0.3, "kl.step_limit": None}
 """Updates that leave the trust region."""
 AWAKE = {"entropy.threshold": 2.0}
 """Any entropy is below twice the first one."""
+WATCHED = {"witness.every": 2}
+TWO_JUDGES = {**GENERATIVE, "reward_model.members": 2}
+
+
+def looks(run: Any) -> list[Any]:
+    return run.lines("witnesses.jsonl")
+
+
 EVALUATED = {"evaluation.num_prompts": 2}
 
 CHANGES: dict[str, Change] = {
@@ -164,6 +172,21 @@ CHANGES: dict[str, Change] = {
     "reward_model.centering": Change(1.0, reward_weights, GENERATIVE),
     "reward_model.label_smoothing": Change(0.3, reward_weights, GENERATIVE),
     "reward_model.shaping": Change("none", completion("reward"), GENERATIVE),
+    "reward_model.par_reference": Change("samples", completion("reward"), GENERATIVE),
+    "reward_model.members": Change(2, calibration("members"), GENERATIVE),
+    "reward_model.combine": Change("worst", completion("reward"), TWO_JUDGES),
+    "reward_model.uncertainty": Change(5.0, completion("reward"), TWO_JUDGES),
+    "reward_model.per_source": Change(True, calibration("members"), {**GENERATIVE, "data.source": "somewhere"}),
+    "reward_model.length_residual": Change(True, calibration("length_slopes"), GENERATIVE),
+    "judge.rubric": Change("A good reply is short.", completion("parts"), {"reward": {"judge": 1.0}}),
+    "judge.opponents": Change(1, completion("parts"), {"reward": {"pairwise": 1.0}, "num_generations": 4}),
+    "judge.least_accuracy": Change(0.99, completion("reward"), {"reward": {"judge": 1.0, "length": 0.1}, "judge.least_accuracy": 0.0}),
+    "witness.share": Change(0.2, data_count("pairs_witness"), {**GENERATIVE, "witness.share": 0.0}),
+    "witness.path": Change("{trained_reward}", lambda run: "witness" in looks(run)[0]["metrics"], {**GENERATIVE, **WATCHED}),
+    "witness.every": Change(1, lambda run: [look["step"] for look in looks(run)], {"witness.every": 0}),
+    "witness.num_prompts": Change(2, lambda run: len(looks(run)[0]["replies"]), WATCHED),
+    "witness.num_completions": Change(2, lambda run: len(looks(run)[0]["replies"]), WATCHED),
+    "witness.stop_on_alert": Change(True, None),
     "reward_function.timeout": Change(60.0, None),
     "reward_function.on_failure": Change("skip", None),
     "reward_function.max_skipped": Change(0.1, None),
@@ -178,6 +201,7 @@ CHANGES: dict[str, Change] = {
     "data.strict": Change(True, None),
     "evaluation.num_prompts": Change(3, evaluated("reward"), EVALUATED),
     "evaluation.num_completions": Change(2, evaluated("reward"), EVALUATED),
+    "evaluation.dpo_beta": Change(5.0, None),
 }
 
 

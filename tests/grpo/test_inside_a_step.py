@@ -241,7 +241,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "planning cycle": {"planning_steps": 4, "kl.step_limit": None},
     "accumulation": {"gradient_accumulation_steps": 3, "memory.token_budget": 150, "epochs": 9.0},
     "epoch boundary and a short last batch": {"data.max_prompts": 5, "epochs": 9.0, "max_steps": 7},
-    "KL controller": {"kl.ref_target": 0.001, "kl.hard_stop_steps": 0},
+    "KL controller, and looks": {"kl.ref_target": 0.001, "kl.hard_stop_steps": 0, "witness.every": 2, "witness.num_prompts": 2},
     "KL in the reward": {"kl.placement": "reward", "advantage.scale": "none"},
     "dropout": {"lora.dropout": 0.3},
     "cosine with warm-up": {"optimizer.schedule": "cosine", "optimizer.warmup_updates": 3, "optimizer.weight_decay": 0.1},

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemma_grpo.grpo.assess import evaluate_policy
+from gemma_grpo.grpo.assess import Scorers, evaluate_policy
 from gemma_grpo.grpo.setup import build_reward_stack, zero_shot_judge
 from gemma_grpo.grpo.step import Stepper, role_logprobs
 from gemma_grpo.model.gemma import Gemma
@@ -185,10 +185,10 @@ def test_an_evaluation_reads_the_frozen_base_once_for_verdicts_and_kl(world) -> 
     stepper = step_of(world, Given(world.groups), "judge", **PLAIN, **{"evaluation.num_completions": 3, "evaluation.num_prompts": 4})
     prompts, config = [group.prompt for group in world.groups], stepper.config
     with passes(world.model) as seen:
-        found = evaluate_policy(world.model, stepper.engine, stepper.rewards, prompts, config, None, judge=stepper.judge)
+        found = evaluate_policy(world.model, stepper.engine, Scorers(stepper.rewards), prompts, config, judge=stepper.judge)
     judged = texts(world.groups) + questions(world, 12)
     assert seen == [("reference", False, judged), ("reference", False, judged), ("policy", False, texts(world.groups))]
-    apart = evaluate_policy(world.model, stepper.engine, stepper.rewards, prompts, config, None)
+    apart = evaluate_policy(world.model, stepper.engine, Scorers(stepper.rewards), prompts, config)
     assert found["kl_sequence"]["after"] == pytest.approx(apart["kl_sequence"]["after"], rel=1e-5)
     batch = world.batch(config)
     policy, reference = (role_logprobs(world.model, batch, role, temperature=0.7) for role in ("policy", "reference"))

@@ -41,7 +41,7 @@ def pair(*turns: str, chosen: str = "yes", rejected: str = "no") -> dict[str, st
 
 
 def training_data(model: Gemma, rows: list[Any], **settings: Any) -> Any:
-    return build_training_data(load_rows(rows, None), model, build_config(settings))
+    return build_training_data(load_rows(rows, None), model, build_config({"witness.share": 0.0, **settings}))
 
 
 FIRST_TURNS = [f"question {index}" for index in range(30)]
@@ -128,6 +128,38 @@ def miniature() -> LoadedPairs:
     rows = load_rows("miniature", "mine")
     assert isinstance(rows, LoadedPairs)
     return rows
+
+
+def test_the_witness_learns_from_conversations_that_the_reward_never_sees(model):
+    rows = [row for text in FIRST_TURNS for row in (pair(text), pair(text, "answer", "and then?"))]
+    alone, data = (training_data(model, rows, **{"data.holdout": 0.3, "witness.share": share}) for share in (0.0, 0.5))
+    sides = [{item.conversation_id for item in side} for side in (data.pairs, data.witness_pairs, data.held_out_pairs)]
+    assert all(sides)
+    assert sum(map(len, sides)) == len(set.union(*sides)) == 30
+    assert len(data.pairs) + len(data.witness_pairs) == len(alone.pairs) == data.counts["pairs_train"] + data.counts["pairs_witness"]
+    assert list(alone.witness_pairs) == []
+    assert list(data.held_out_pairs) == list(alone.held_out_pairs)
+
+
+def test_the_miniature_can_have_other_shares_of_wrong_labels():
+    def wrong(name: str) -> float:
+        rows = load_rows(name, None)
+        assert isinstance(rows, LoadedPairs)
+        gold = known_gold(name)
+        assert gold is not None
+        margins = [gold(build_prompt(item), item.chosen) - gold(build_prompt(item), item.rejected) for item in rows.pairs]
+        return sum(margin < 0 for margin in margins) / len(margins)
+
+    assert wrong("miniature@0") == 0.0
+    assert wrong("miniature@0.4") == pytest.approx(0.4, abs=0.03)
+    assert wrong("miniature") == pytest.approx(0.2, abs=0.03)
+    for name in ("miniature@", "miniature@0.6", "miniature@x", "miniature@nan"):
+        with pytest.raises(DataError, match="share of wrong labels"):
+            load_rows(name, None)
+
+
+def build_prompt(item: Any) -> Prompt:
+    return Prompt(item.pair_id, item.source, item.messages, (2, 9), "c")
 
 
 def test_the_miniatures_name_is_its_world(miniature):

@@ -82,7 +82,9 @@ def test_the_quick_start_uses_the_trained_judge_and_the_small_rules(quick_start)
         calibration
     )
     assert {"by_source", "calibration", "expected_calibration_error", "reference_mean", "reference_std"} <= set(calibration)
-    assert calibration["pairs_trained"] + calibration["pairs_held_out"] == 24
+    witness = json.loads((run / "witness" / "calibration.json").read_text(encoding="utf-8"))
+    assert calibration["pairs_trained"] + witness["pairs_trained"] + calibration["pairs_held_out"] == 24
+    assert min(calibration["pairs_trained"], witness["pairs_trained"]) > 0
 
 
 def test_a_step_is_logged_with_the_documented_names(quick_start):
@@ -257,7 +259,7 @@ def test_evaluation_json_has_the_documented_shape(train_tiny):
     assert run.json("evaluation.json") == run.evaluation
     for name in ("reward", "win_rate", "kl", "kl_sequence", "length"):
         metric = run.evaluation[name]
-        assert set(metric) - {"judge"} == METRIC
+        assert set(metric) - {"judge", "length_controlled"} == METRIC
         assert metric["n"] == 8
         assert metric["gain"] == pytest.approx(metric["after"] - metric["before"])
     assert set(run.evaluation["refusal_harmful"]) == set(run.evaluation["refusal_benign"]) == METRIC

@@ -39,12 +39,32 @@ def test_without_gold_a_rising_reward_is_not_called_better() -> None:
     assert verdict({}) is None
 
 
+def test_without_gold_the_witness_speaks_and_is_not_taken_for_the_truth() -> None:
+    for low, high, tone, headline in ((0.1, 0.3, "good", "Better, says the witness."), (-0.3, -0.1, "bad", "Worse, says the witness."),
+                                      (-0.1, 0.1, "unclear", "No clear change.")):  # fmt: skip
+        found = verdict({"reward": metric(0.1, 0.9, 0.7, 0.9), "witness": metric(0.0, 0.2, low, high)})
+        assert found is not None
+        assert (found.tone, found.headline) == (tone, headline)
+        assert "can err with it" in found.further[0]
+
+
+def test_win_rates_are_told_at_equal_length_too() -> None:
+    controlled = {"value": 0.6, "interval": [0.55, 0.65], "length_effect": 1.0}
+    win = {**metric(0.5, 0.71, 0.16, 0.26), "judge": "gold", "length_controlled": controlled}
+    over = {**metric(0.4, 0.6, 0.1, 0.3), "length_controlled": {"value": 0.5, "interval": None, "length_effect": 0.0}}
+    found = verdict({"gold": metric(0.3, 0.4, 0.05, 0.15), "win_rate": win, "win_rate_chosen": over})
+    assert found is not None
+    lines = [line.replace("\u00a0", " ") for line in found.further]
+    assert lines[0] == "Against the untouched model it wins 71 % [66 %, 76 %], judged by gold; at equal length 60 % [55 %, 65 %]."
+    assert lines[1] == "Against the dataset’s preferred reply it wins 40 % → 60 %; at equal length 50 %."
+
+
 def test_the_win_rate_interval_is_shown_around_the_win_rate() -> None:
     win = {**metric(0.5, 0.71, 0.16, 0.26), "judge": "gold"}
     found = verdict({"gold": metric(0.3, 0.4, 0.05, 0.15), "win_rate": win})
     assert found is not None
     assert (
-        found.further[0].replace("\u00a0", " ") == "Against the untouched model it wins 71 % [66 %, 76 %], judged by gold in both orders."
+        found.further[0].replace("\u00a0", " ") == "Against the untouched model it wins 71 % [66 %, 76 %], judged by gold."
     )
 
 

@@ -51,6 +51,7 @@ def evaluation(text: str) -> dict[str, Any]:
         "kl": metric(0.0, 0.05),
         "by_kind": kinds,
         "samples": [sample] * 8,
+        "frontier": FRONTIER,
         "seconds": 3.0,
     }
 
@@ -59,6 +60,21 @@ def calibration(text: str) -> dict[str, Any]:
     share = {"value": 0.8, "interval": [0.75, 0.85], "n": 200}
     return {"pairs_trained": 800, "accuracy": share, "longer_wins": share, "by_source": {text: share}, "calibration": [
         {"predicted": 0.2, "observed": 0.25, "n": 10}, {"predicted": 0.8, "observed": 0.75, "n": 10}]}  # fmt: skip
+
+
+def look(text: str, step: int) -> dict[str, Any]:
+    reply: dict[str, Any] = {"prompt_id": text, "source": text, "kind": text, "text": text, "length": 3, "clipped": False, "refused": True}
+    reply |= {"proxy": 0.1 * step, "witness": -0.1 * step, "lexical": 0.3, "fluency": -1.0, "kl": 0.2}
+    reply |= {} if step else {"prompt": [{"role": "user", "content": text}]}
+    alarm = {"level": "warn", "step": step, "witness": text, "text": text, "samples": [text, text]}
+    metrics = {"proxy": 0.1 * step, "witness": -0.1 * step, "fluency": -1.0, "kl_sequence": 0.1 * step, text: 1.0}
+    return {"step": step, "metrics": metrics, "replies": [reply, reply], "alarms": [alarm] if step else []}
+
+
+FRONTIER = {
+    "points": [{"step": n, "distance": 0.5 * n, "proxy": 0.3 * n, "witness": 0.1 * n} for n in range(4)],
+    "laws": {"proxy": {"a": 0.6, "b": 0.1, "rmse": 0.0, "peak": None}, "witness": {"a": 0.2, "b": 0.0, "rmse": 0.0, "peak": 2.0}},
+}
 
 
 def make_run(path: Path, text: str) -> Path:
@@ -70,6 +86,8 @@ def make_run(path: Path, text: str) -> Path:
                                                           "rewards/b/mean": 2.0, "kl": 0.01 * step}))  # fmt: skip
             run.append_samples(step, [group(text, text)])
             run.event("step_time", step=step, seconds=seconds)
+        for step in (0, 2, 3):
+            run.append_look(look(text, step))
         run.event("phase", name="reward adapter", seconds=40.0)
         run.event("phase", name="evaluation", seconds=3.0)
         run.event("warn", text=text, **{"field": text})
@@ -273,6 +291,7 @@ def test_no_content_of_a_file_breaks_the_report(seed: int) -> None:
             first_groups=[group_line],
             last_groups=[group_line],
             events=[spoiled_record(event), spoiled_record(times)],
+            looks=[spoiled_record(look("k", step)) for step in ((0, 2, 4) if seed % 10 == 0 else (0,))],
             evaluation=spoiled_record(short),
             calibration=spoiled_record(calibration("k") if seed % 10 == 0 else {**calibration("k"), "calibration": []}),
             profile=spoiled_record(PROFILE),

@@ -9,8 +9,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_grpo.reward.quality import accuracy, calibration, quality_report, wilson_interval
-from gemma_grpo.types import PreferencePair
+from gemma_grpo.reward.quality import (
+    accuracy,
+    agreement,
+    calibration,
+    leakage,
+    leakage_warning,
+    quality_report,
+    spearman,
+    wilson_interval,
+    within_group_length_correlation,
+)
+from gemma_grpo.types import Completion, PreferencePair, Prompt, RolloutGroup
 
 
 def logit(p: float) -> float:
@@ -116,3 +126,57 @@ def test_no_held_out_pair_gives_an_empty_report_not_an_error() -> None:
     report = quality_report([], torch.zeros(0, 2), torch.zeros(0, 2))
     assert report["accuracy"] == {"value": None, "interval": [0.0, 1.0], "n": 0}
     assert (report["calibration"], report["expected_calibration_error"], report["by_source"]) == ([], None, {})
+
+
+def talk(*turns: str, chosen: str = "yes", rejected: str = "no") -> PreferencePair:
+    """A pair after so many turns, the person's first."""
+    messages = tuple({"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns))
+    return PreferencePair(" ".join(turns), "a", messages, chosen, rejected)  # type: ignore[arg-type]
+
+
+def test_depths_and_conversations_met_once_have_accuracies_of_their_own() -> None:
+    pairs = [talk("q1"), talk("q1", "yes", "more?"), talk("q2"), talk("q3", "a", "b", "c", "d"), talk(*"123456789")]
+    scores = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    report = quality_report(pairs, scores, torch.zeros(5, 2))
+    assert {depth: (one["value"], one["n"]) for depth, one in report["by_depth"].items()} == {
+        "1": (0.5, 2), "2": (0.0, 1), "3": (1.0, 1), "4+": (1.0, 1)
+    }  # fmt: skip
+    # q1 is there at two depths: left are q2 (wrong), q3 and the long one (right)
+    assert (report["without_sibling"]["value"], report["without_sibling"]["n"]) == (2 / 3, 3)
+
+
+def test_rank_correlations_by_hand() -> None:
+    assert spearman([1.0, 2.0, 3.0], [10.0, 20.0, 90.0]) == pytest.approx(1.0)
+    assert spearman([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == pytest.approx(-1.0)
+    # ranks 1 2 3 4 and 2 1 4 3: 1 - 6 x (1 + 1 + 1 + 1) / (4 x 15) = 0.6
+    assert spearman([1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 4.0, 3.0]) == pytest.approx(0.6)
+    assert spearman([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) is None
+    assert spearman([1.0, 2.0], [1.0, 2.0]) is None
+
+
+def test_length_within_groups_is_seen_where_lengths_of_prompts_would_hide_it() -> None:
+    def group(source: str, *lengths: int) -> RolloutGroup:
+        prompt = Prompt(source, source, (), (2,), source)
+        return RolloutGroup(prompt, tuple(Completion("x", (7,) * n, (-1.0,) * n, "stop") for n in lengths), 0)
+
+    # within each group the longer is worth more; of one group to the other it is the other way round
+    groups = [group("a", 1, 2, 3), group("a", 11, 12, 13), group("b", 1, 2, 3)]
+    scores = [[5.0, 6.0, 7.0], [1.0, 2.0, 3.0], [1.0, None, 1.0]]
+    assert within_group_length_correlation(groups, scores) == {"a": {"value": pytest.approx(1.0), "n": 2}}
+
+
+def test_members_agree_where_all_that_scored_prefer_the_same() -> None:
+    one, other = [[1.0, 0.0], [1.0, 0.0], [None, None]], [[2.0, 1.0], [0.0, 1.0], [0.0, 1.0]]
+    assert (agreement([one, other])["value"], agreement([one, other])["n"]) == (2 / 3, 3)
+
+
+def test_leaks_are_conversations_on_both_sides_and_replies_that_training_goes_on_with() -> None:
+    train = [talk("q1", "yes, gladly", "and then?"), talk("q9")]
+    held_out = [talk("q2", chosen="yes, gladly"), talk("q9", chosen="other"), talk("q3")]
+    found = leakage(train, held_out)
+    assert found == {"n": 3, "conversations_in_training": 1, "replies_in_training_contexts": 1}
+    warning = leakage_warning({"accuracy": {"value": 0.9}, "leakage": found})
+    assert warning is not None
+    assert "right on 90.0% of held-out pairs" in warning
+    assert leakage_warning({"accuracy": {"value": 0.9}, "leakage": leakage(train, [talk("q2")])}) is None
+    assert leakage_warning({"accuracy": {"value": 0.7}}) is None

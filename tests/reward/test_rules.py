@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_grpo.reward.rules import RULES, build_rules, is_refusal
+from gemma_grpo.reward.rules import RULES, build_rules, distinct_n, is_refusal
 from gemma_grpo.types import Completion, Prompt, RolloutGroup
 
 
@@ -137,7 +137,7 @@ def test_every_rule_only_takes_away_and_at_most_one(name, text, tokens, finish):
     assert -1 <= value(name, completion(text, tokens, finish), limit=20) <= 0
 
 
-@pytest.mark.parametrize("name", sorted(RULES))
+@pytest.mark.parametrize("name", sorted({*RULES} - {"random"}))
 def test_an_unremarkable_reply_costs_nothing_but_its_length(name):
     assert value(name, "Paris is the capital of France.") == (-0.05 if name == "length" else 0)
 
@@ -146,3 +146,20 @@ def test_rules_are_built_in_order_and_an_unknown_one_gets_the_nearest_name():
     assert [rule.name for rule in build_rules(["empty", "overlong"], 10)] == ["empty", "overlong"]
     with pytest.raises(ValueError, match=r"unknown reward 'repetion'. Did you mean 'repetition'"):
         build_rules(["repetion"], 10)
+
+
+def test_the_random_reward_is_uniform_and_says_nothing_about_a_reply():
+    completions = [Completion("the same text", (5, 6), (-0.5, -n / 1000), "stop") for n in range(2000)]
+    (rule,) = build_rules(["random"], 10)
+    scores = [rule.rule(one) for one in completions]
+    assert rule.rule(completions[0]) == scores[0]
+    assert all(-1 < score <= 0 for score in scores)
+    # mean -1/2 and variance 1/12 of a uniform number; three standard errors of 2,000 draws
+    assert sum(scores) / 2000 == pytest.approx(-0.5, abs=0.02)
+    assert sum((score + 0.5) ** 2 for score in scores) / 2000 == pytest.approx(1 / 12, abs=0.006)
+
+
+def test_distinct_n_is_the_share_of_different_n_grams_over_all_texts():
+    # pairs: a b, b a | a b: two of three are different
+    assert distinct_n(["a b a", "A b"], 2) == pytest.approx(2 / 3)
+    assert distinct_n(["a", ""], 2) == 1.0

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_grpo.reward.base import RewardError, Scores
-from gemma_grpo.reward.shaping import ReferenceRewards, par
+from gemma_grpo.reward.shaping import ReferenceRewards, chosen_replies, par
 from gemma_grpo.types import Completion, Prompt, RolloutGroup
 
 NUMBER = st.floats(-50, 50)
@@ -82,7 +82,7 @@ class LengthReward:
 def references() -> tuple[ReferenceRewards, LengthReward]:
     reward = LengthReward()
     encode: Callable[[str], list[int]] = lambda reply: [*map(ord, reply), 106]  # noqa: E731
-    return ReferenceRewards(reward, encode, mean=-7.0), reward
+    return ReferenceRewards(reward, chosen_replies(encode), mean=-7.0), reward
 
 
 def test_the_reference_is_the_datasets_reply_where_there_is_one_and_the_mean_elsewhere(references: Any) -> None:
