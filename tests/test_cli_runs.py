@@ -99,6 +99,26 @@ def test_the_resolved_recipe_repeats_the_run(tiny_model_dir: Path, prompts: Path
     assert first == second
 
 
+def test_runs_are_compared_by_their_evaluations_and_by_the_settings_in_which_they_differ(
+    tiny_model_dir: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, seed in (("first", 0), ("second", 1)):
+        words = ["train", "miniature", f"model_name={tiny_model_dir}", f"dataset={prompts}", f"output_dir={tmp_path / name}", VARIED, *TINY]
+        assert run([*words, f"seed={seed}"]) == 0
+    capsys.readouterr()
+    assert run(["compare", str(tmp_path / "first"), str(tmp_path / "second")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["first", "second"]
+    values = {name: json.loads((tmp_path / name / "evaluation.json").read_text(encoding="utf-8")) for name in ("first", "second")}
+    length = next(line for line in lines if line.startswith("length"))
+    assert [f"{values[name]['length']['after']:.1f}" in length for name in values] == [True, True]
+    assert lines[-1].split() == ["seed", "0", "1"]
+    assert run(["compare", str(tmp_path / "first"), str(tmp_path / "first")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "the settings are the same"
+    assert run(["compare", str(tmp_path / "first")]) == 2
+    assert "needs two runs or more" in capsys.readouterr().err
+
+
 def test_a_dry_run_shows_the_plan_and_writes_nothing(
     tiny_model_dir: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,61 @@
+"""`gemma-grpo compare RUN RUN ...`: what several runs came to, side by side, and in which settings they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gemma_grpo.cli.printing import say
+from gemma_grpo.config import load_recipe
+from gemma_grpo.escapes import printable
+
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="Two or more run directories, such as runs/miniature-1.")]
+
+
+def compare(runs: Runs) -> None:
+    """Put the evaluations of several runs side by side, with the settings in which they differ."""
+    if len(runs) < 2:
+        raise ValueError(f"compare needs two runs or more, and {len(runs)} is given. Name another run directory.")
+    from gemma_grpo.monitor.run_files import read_run_files
+
+    files = [read_run_files(run) for run in runs]
+    say(*table([one.name for one in files], [one.evaluation for one in files]), "", *settings_lines(runs))
+
+
+def table(names: Sequence[str], evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each metric that any of them has: after training, and the gain with its interval."""
+    from gemma_grpo.monitor.findings import STYLES, Measure, Style, measure, show, show_interval
+
+    def gained(one: Measure, style: Style) -> str:
+        return f"({show(one.gain, style, signed=True)} {show_interval(one, style)})"
+
+    rows = [["", *(printable(name) for name in names)]]
+    for name, style in STYLES.items():
+        found = [measure(evaluation.get(name)) for evaluation in evaluations]
+        if any(found):
+            rows.append([style.title, *(f"{show(one.after, style)} {gained(one, style)}" if one else "-" for one in found)])
+    return _aligned(rows)
+
+
+def settings_lines(runs: Sequence[Path]) -> list[str]:
+    """The settings that are not the same in all of them."""
+    chosen = [_flat(load_recipe(run / "recipe.yaml").model_dump(mode="json")) for run in runs]
+    names = [name for name in chosen[0] if name != "output_dir" and len({repr(one.get(name)) for one in chosen}) > 1]
+    if not names:
+        return ["the settings are the same"]
+    return _aligned([[name, *(printable(str(one.get(name))) for one in chosen)] for name in names])
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and name != "reward" else {prefix + name: value}
+    return found
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
