@@ -53,6 +53,13 @@ class Lookout:
         looks = self.run.looks()
         return not looks or looks[-1]["step"] < step
 
+    @property
+    def alerted(self) -> bool:
+        """Whether an alarm has ended this run: by the log, which a run that goes on has too."""
+        if not self.config.witness.stop_on_alert:
+            return False
+        return any(alarm["level"] == "alert" for look in self.run.looks() for alarm in look["alarms"])
+
     def look(self, step: int) -> list[Alarm]:
         """Answer the prompts, score and log the answers; what is alarming about them, compared with the looks before."""
         started = time.perf_counter()

@@ -188,7 +188,9 @@ class GRPOTrainer(Preparation):
         if self._profiler:
             self._profiler.begin(self.step)
         hard_stop, signal = self.updater.hard_stop, self.updater.signal
-        self._look()
+        if self._look() and self.step:
+            self.keeper.save(self.step)  # the look that a stop broke off: the checkpoint it went on from does not know of it
+        self._alerted = self.lookout.alerted
         if hard_stop.reached and self.step < self.total_steps:
             self._warn(f"kl.hard_stop_steps ended this run at step {self.step}: it makes no further one")
         while self.step < self.total_steps and not (hard_stop.reached or signal.lost or self._alerted):
@@ -213,17 +215,18 @@ class GRPOTrainer(Preparation):
         if signal.lost or signal.never_there:  # must not pass for a success
             raise NoSignalError(no_signal(signal, self.config))
 
-    def _look(self) -> None:
-        """Look at the policy if it is time, and say what is alarming."""
+    def _look(self) -> bool:
+        """Look at the policy if it is time, and say what is alarming; whether it was time."""
         if not self.lookout.due(self.step, self.total_steps):
-            return
+            return False
         with watchdog.phase("witness", f"step {self.step}"):
             alarms = self.lookout.look(self.step)
         for alarm in alarms:
             self.view.warn(f"{alarm.level}: {alarm.text}")
-        if self.config.witness.stop_on_alert and any(alarm.level == "alert" for alarm in alarms):
-            self._alerted = True
+        self._alerted = self.lookout.alerted
+        if self._alerted:
             self._warn(f"witness.stop_on_alert ended this run at step {self.step}; the adapter the witness liked best is in {BEST}/")
+        return True
 
     def _step_or_save(self) -> tuple[StepRecord, list[ScoredGroup]]:
         """One step; what ends it early, a request or an error, must not cost the finished ones, nor what it had itself."""

@@ -97,6 +97,11 @@ def test_a_hacked_reward_raises_an_alarm_and_stops_the_run_where_asked(train_tin
     first = next(alarm["step"] for alarm in alarms if alarm["level"] == "alert")
     assert steps(stopped)[-1] == len(stopped.lines("metrics.jsonl")) == first < 12
     assert json.loads((stopped.path / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
+    # killed before it could say that it was over: what goes on with it must not train on
+    (stopped.path / "run.json").write_text((stopped.path / "run.json").read_text(encoding="utf-8").replace("finished", "running"))
+    metrics = stopped.text("metrics.jsonl")
+    again = train_tiny(**HACKED, **{"witness.stop_on_alert": True}, output_dir=str(stopped.path), resume=True)
+    assert again.text("metrics.jsonl") == metrics
 
 
 def test_a_run_without_held_out_prompts_takes_no_looks(train_tiny) -> None:
