@@ -34,7 +34,7 @@ FEWEST_STEPS, A_SAVE = 6, 0.01
 """And seconds that a save takes at least."""
 AT_THE_END = 0.1
 """Share of a run's kills that are kept for its evaluation, after the last step."""
-AIMED = {"loading": 0.2, "saving": 0.1, "pruning": 0.05}
+AIMED = {"loading": 0.2, "saving": 0.1, "pruning": 0.1}
 """Shares of the other kills that are kept for phases which are short beside a step."""
 
 SETTINGS: dict[str, Any] = {
