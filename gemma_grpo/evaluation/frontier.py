@@ -17,6 +17,10 @@ Law = Literal["best_of_n", "rl"]
 _TERMS: dict[Law, Callable[[float], float]] = {"best_of_n": lambda d: d * d, "rl": lambda d: d * math.log(d)}
 
 
+_FAR = 50.0
+"""Of a / b: e to this power is no distance any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Frontier:
     """A fitted law."""
@@ -33,8 +37,8 @@ class Frontier:
 
     @property
     def peak(self) -> float | None:
-        """The distance at which the reward is highest; None where the law has no such place (b <= 0)."""
-        if self.b <= 0:
+        """The distance at which the reward is highest; None where the law has no such place (b <= 0), or none that anyone could reach."""
+        if self.b <= 0 or self.a / self.b > _FAR:
             return None
         return self.a / (2 * self.b) if self.law == "best_of_n" else math.exp(self.a / self.b - 1)
 

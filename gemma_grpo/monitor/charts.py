@@ -99,10 +99,10 @@ def calibration_curve(points: Sequence[tuple[float, float, float]], title: str) 
         return _svg(figure, title)
 
 
-def scatter(points: Sequence[Series], title: str, x_label: str, y_label: str, *, lines: Sequence[Series] = (), width: float = 5.2) -> str:
+def scatter(points: Sequence[Series], title: str, x_label: str, y_label: str, *, lines: Sequence[Series] = (), width: float = 3.4) -> str:
     """Points of several kinds, and lines fitted to them, each kind's in its colour."""
     with _style(title):
-        figure, axes = _figure(width, 2.8)
+        figure, axes = _figure(width, 2.4)
         for index, one in enumerate(points):
             axes.plot(list(one.x), [_number(value) for value in one.y], "o", color=_COLOURS[index % len(_COLOURS)], markersize=4)
         for index, one in enumerate(lines):

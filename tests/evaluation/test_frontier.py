@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from gemma_grpo.evaluation import best_of_n_kl, fit_frontier
+from gemma_grpo.evaluation import Frontier, best_of_n_kl, fit_frontier
 
 DISTANCES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0]
 
@@ -31,6 +31,9 @@ def test_a_reward_that_never_turns_has_no_peak_and_two_points_no_law() -> None:
     rising = fit_frontier(DISTANCES, [d * (0.5 + 0.1 * d) for d in DISTANCES], "best_of_n")
     assert rising is not None
     assert rising.peak is None
+    # nearly straight: the place where it would turn is beyond all numbers
+    straight = Frontier("rl", 1.0, 1e-6, 0.0)
+    assert (straight.peak, Frontier("best_of_n", 1.0, 1e-6, 0.0).peak) == (None, None)
     assert fit_frontier([0.0, 1.0, 2.0], [0.0, 1.0, 1.5], "rl") is None
 
 

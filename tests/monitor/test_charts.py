@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from gemma_grpo.monitor.charts import Series, calibration_curve, curve
+from gemma_grpo.monitor.charts import Series, calibration_curve, curve, scatter
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -95,3 +95,19 @@ def test_the_calibration_curve_shows_what_it_was_given() -> None:
     svg = calibration_curve([(0.1, 0.2, 10), (0.9, 0.8, 30), (math.nan, 0.5, 1)], "Calibration")
     assert {"predicted", "observed"} <= set(texts(svg))
     calibration_curve([], "Calibration")
+
+
+def test_points_keep_their_kinds_names_and_what_is_fitted_to_them() -> None:
+    kinds = [Series("reward", [0.0, 1.0, 2.0], [0.0, 0.5, 0.9]), Series("gold", [0.0, 1.0, 2.0], [0.0, None, 0.1])]
+    svg = scatter(kinds, "Gain", "distance", "gain", lines=[Series("", [0.5, 1.0], [0.2, 0.4]), Series("", [], [])])
+    assert "reward" in svg
+    assert "gold" in svg
+    whole = [kinds[0], Series("gold", [0.0, 1.0, 2.0], [0.0, 0.05, 0.1])]
+    marks = [scatter(some, "Gain", "distance", "gain").count("<use") for some in (kinds, whole)]
+    assert marks[1] == marks[0] + 1  # a mark for each point that has a value
+    assert scatter(kinds, "Gain", "distance", "gain") == scatter(kinds, "Gain", "distance", "gain")
+
+
+def test_marks_are_uprights_over_the_curve() -> None:
+    plain, marked = (curve([Series("a", [0, 1, 2], [1.0, 2.0, 3.0])], "T", "u", marks=marks) for marks in ((), (1.0,)))
+    assert marked.count("stroke-dasharray: 1,2") == plain.count("stroke-dasharray: 1,2") + 1
