@@ -219,9 +219,9 @@ def is_held_out(conversation_id: str, holdout: float) -> bool:
     return _place(conversation_id, "holdout") < holdout
 
 
-def part_of_conversation(conversation_id: str, parts: int, *, salt: str = "part") -> int:
-    """Which of so many equal parts, 0 to parts - 1, a conversation belongs to; every salt parts them anew."""
-    return int(_place(conversation_id, salt) * parts)
+def part_of_conversation(conversation_id: str, parts: int) -> int:
+    """Which of so many equal parts, 0 to parts - 1, a conversation belongs to."""
+    return int(_place(conversation_id, "part") * parts)
 
 
 def is_for_witness(conversation_id: str, share: float) -> bool:

@@ -82,7 +82,7 @@ class Judges:
         # of a judge that was trained before there could be several: one, for all sources
         self._members = [Member(**one) for one in self.calibration.get("members", [{"adapter": "reward", "number": 0, "source": None}])]
         for member in self._members[1:]:
-            self._add(member.adapter)
+            self.model.add_adapter(member.adapter)
             self.model.load_adapter(member.adapter, _folder(folder, member.adapter))
         beside = folder.parent / WITNESS
         if own is not None or (beside / CALIBRATION).is_file():
@@ -91,7 +91,7 @@ class Judges:
             self.model.budget.load(self.calibration["memory"])
 
     def _load_witness(self, folder: Path) -> None:
-        self._add(WITNESS)
+        self.model.add_adapter(WITNESS)
         self.model.load_adapter(WITNESS, folder)
         self.witness_calibration = _calibration(folder, "how good a witness it is")
 
@@ -113,9 +113,15 @@ class Judges:
         parts = {member.adapter: pairs_of(member, data.pairs, settings.members) for member in members}
         if data.witness_pairs:
             parts[WITNESS] = list(data.witness_pairs)
+        empty = [adapter for adapter, pairs in parts.items() if not pairs]
+        if empty:
+            raise ValueError(
+                f"no pair is left to train {empty[0]!r} on: {len(data.pairs)} pairs are too few for reward_model.members="
+                f"{settings.members}. Give more rows, or fewer members."
+            )
         keepers: list[RewardKeeper] = []
         for number, (adapter, pairs) in enumerate(parts.items()):
-            self._add(adapter)
+            self.model.add_adapter(adapter)
             keeper = RewardKeeper(run, self.config, warn, adapter, _place(run, adapter) / "checkpoints")
             training = RewardTraining(Judge(self.model), pairs, settings, seed=self.config.seed + _SEED_STRIDE * number, adapter=adapter)
             with watchdog.phase("reward training", f"{adapter}, {len(pairs)} pairs"):
@@ -156,9 +162,6 @@ class Judges:
         if WITNESS in trained:
             run.write_json(f"{WITNESS}/{CALIBRATION}", self.witness_calibration)
         run.write_json(f"reward/{CALIBRATION}", self.calibration)  # last: from here on they are trained
-
-    def _add(self, adapter: str) -> None:
-        self.model.add_adapter(adapter)
 
     def files(self) -> Iterator[bytes]:
         """What the judges score with, for a checksum: adapters and calibrations."""

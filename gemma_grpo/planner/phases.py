@@ -22,7 +22,7 @@ PARTS = (BASE, ADAPTERS, SLIDING_KV, GLOBAL_KV, ACTIVATIONS, LOGITS, PROGRAM)
 JUDGE_TOKENS = 24
 """The judge's question after a completion, closing and opening turn included, rounded up."""
 REFERENCE_PROMPTS, REFERENCE_SAMPLES = 64, 4
-"""Prompts on which the trained reward is centred: one completion each (grpo/assess.py)."""
+"""Prompts on which the trained reward is centred, and completions of each (grpo/assess.py)."""
 
 Stage = Mapping[str, float]
 

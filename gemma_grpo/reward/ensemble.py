@@ -5,7 +5,6 @@ Owns the members of an ensemble and the arithmetic. Training them is training.py
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -79,8 +78,6 @@ class EnsembleReward:
     def __init__(self, judges: Mapping[Member, Reward], settings: RewardModelSettings, slopes: Mapping[str, float] | None = None) -> None:
         self.judges, self.slopes = judges, slopes or {}
         self.combine, self.uncertainty = COMBINATIONS[settings.combine], settings.uncertainty
-        self.disagreement: float | None = None
-        """Mean standard deviation of the members over what was scored last; None for a single one."""
 
     def score(self, groups: Sequence[RolloutGroup]) -> Scores:
         """One number per completion: combined, and without what its length adds where slopes are known."""
@@ -100,16 +97,12 @@ class EnsembleReward:
 
     def combined(self, by_member: Mapping[Member, Scores], groups: Sequence[RolloutGroup]) -> Scores:
         """The members' verdicts as one number per completion."""
-        spreads: list[float] = []
         result: Scores = []
         for n, group in enumerate(groups):
             rows = [scores[n] for scores in by_member.values() if None not in scores[n]]
             values = torch.tensor(rows, dtype=torch.float32)
-            if len(rows) > 1:
-                spreads += values.std(0, correction=0).tolist()
             slope = self.slopes.get(group.prompt.source, 0.0)
             lengths = torch.tensor([len(completion.token_ids) for completion in group.completions])
             nothing: list[float | None] = [None] * len(lengths)
             result.append((self.combine(values, self.uncertainty) - slope * lengths).tolist() if rows else nothing)
-        self.disagreement = statistics.fmean(spreads) if spreads else None
         return result

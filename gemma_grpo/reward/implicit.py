@@ -1,7 +1,7 @@
-"""Direct preference optimisation as a reward: beta (log pi - log pi_ref) of a reply, learned on pairs (arXiv:2305.18290).
+"""Direct preference optimisation: beta (log pi - log pi_ref) of a reply, learned on pairs as a judge is (arXiv:2305.18290).
 
-The Bradley-Terry loss of this reward *is* DPO's: so one training makes a member of an ensemble and a policy to be compared with. Beside it
-the plainest policy of all, likelihood of the preferred replies (SFT). Owns what a pair's score is; the loop is training.py's.
+The Bradley-Terry loss of this implicit reward *is* DPO's, so the training of judges makes a policy to be compared with. Beside it the
+plainest policy of all, likelihood of the preferred replies (SFT). Owns what a pair's score is; the loop is training.py's.
 """
 
 from __future__ import annotations
@@ -13,13 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gemma_grpo.data.batch import GroupBatch, pad_groups, pad_rollouts
+from gemma_grpo.data.batch import GroupBatch, pad_groups
 from gemma_grpo.data.prompts import EncodedPair
 from gemma_grpo.model.gemma import REFERENCE, Gemma, ModelRole
 from gemma_grpo.model.logprobs import completion_logprobs
-from gemma_grpo.reward.base import Scores
-from gemma_grpo.reward.generative import scores_by_size
-from gemma_grpo.types import RolloutGroup
 
 
 @dataclass(frozen=True)
@@ -66,24 +63,6 @@ class LikelihoodScorer:
 def likelihood_loss(scores: Float[Tensor, "N 2"]) -> Float[Tensor, ""]:
     """-mean log-probability per token of the preferred replies, in nats; the others count for nothing."""
     return -scores[:, 0].mean()
-
-
-class ImplicitReward:
-    """Scores rollouts by an adapter that DPO trained. It grows with length, and generalises less well than a judge (arXiv:2403.13787)."""
-
-    name = "implicit"
-
-    def __init__(self, model: Gemma, adapter: str, beta: float) -> None:
-        self.model, self.adapter, self.beta = model, adapter, beta
-
-    def score(self, groups: Sequence[RolloutGroup]) -> Scores:
-        """beta (log pi - log pi_ref) of each completion, [N][G]."""
-        return scores_by_size(groups, self._read)
-
-    def _read(self, groups: Sequence[RolloutGroup]) -> Float[Tensor, "N G"]:
-        batch = pad_rollouts(groups).to(self.model.device)
-        learned, reference = (sequence_logprobs(self.model, batch, role) for role in (self.adapter, REFERENCE))
-        return self.beta * (learned - reference)
 
 
 @torch.no_grad()

@@ -107,3 +107,9 @@ def test_a_hacked_reward_raises_an_alarm_and_stops_the_run_where_asked(train_tin
 def test_a_run_without_held_out_prompts_takes_no_looks(train_tiny) -> None:
     run = train_tiny(reward=mean_letter, **LOOKING, **{"data.holdout": 1e-6})
     assert run.lines("witnesses.jsonl") == []
+
+
+def test_more_judges_than_the_pairs_can_teach_are_refused(tiny_trainer) -> None:
+    settings = {"reward": {"generative": 1.0}, "reward_model.max_pairs": 1, "reward_model.members": 2}
+    with pytest.raises(ValueError, match=r"no pair is left to train 'reward(-2)?' on: 1 pairs are too few for reward_model.members=2"):
+        tiny_trainer(**settings).train()

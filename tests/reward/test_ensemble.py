@@ -52,15 +52,6 @@ def test_each_source_is_scored_by_its_own_judges_and_an_unknown_one_by_all() -> 
     assert (harmless.asked, helpful.asked) == (["harmless", "elsewhere"], ["helpful", "elsewhere"])
 
 
-def test_disagreement_is_the_members_spread_over_what_several_scored() -> None:
-    reward = EnsembleReward({Member("reward", 0, None): Fixed(1.0), Member("reward-2", 1, None): Fixed(3.0)}, RewardModelSettings())
-    reward.score([group("a", 1, 1)])
-    assert reward.disagreement == 1.0
-    alone = EnsembleReward({Member("reward", 0, None): Fixed(1.0)}, RewardModelSettings())
-    alone.score([group("a", 1)])
-    assert alone.disagreement is None
-
-
 def test_length_is_taken_out_source_by_source() -> None:
     reward = EnsembleReward({Member("reward", 0, None): Fixed(2.0)}, RewardModelSettings(), {"a": 0.1})
     assert reward.score([group("a", 10, 20), group("b", 10)]) == [[pytest.approx(1.0), pytest.approx(0.0)], [2.0]]

@@ -11,8 +11,7 @@ from conftest import PAIR_ROWS
 from gemma_grpo.config.schema import RewardModelSettings
 from gemma_grpo.data.hh_rlhf import load_hh_rlhf
 from gemma_grpo.data.prompts import encode_pairs
-from gemma_grpo.reward.generative import pair_groups
-from gemma_grpo.reward.implicit import ImplicitReward, ImplicitScorer, LikelihoodScorer, likelihood_loss, sequence_logprobs
+from gemma_grpo.reward.implicit import ImplicitScorer, LikelihoodScorer, likelihood_loss, sequence_logprobs
 from gemma_grpo.reward.training import RewardTraining, bradley_terry_loss
 
 
@@ -62,10 +61,14 @@ def test_training_by_dpo_raises_what_people_preferred_and_leaves_the_reference(n
     settings = RewardModelSettings(learning_rate=2e-2, batch_size=2, centering=0.0)
     for seed in range(4):
         RewardTraining(ImplicitScorer(model, 0.5), pairs, settings, seed=seed, adapter="dpo", loss=bradley_terry_loss).run()
-    scores = torch.tensor(ImplicitReward(model, "dpo", 0.5).score(pair_groups(pairs)))
-    assert (scores[:, 0] > scores[:, 1]).float().mean() > 0.8
+    scorer = ImplicitScorer(model, 0.5)
+    batch, scores = scorer.batch(pairs), {}
+    for role in ("dpo", "policy"):
+        with torch.no_grad(), model.role(role):
+            scores[role] = scorer.scores(batch)
+    assert (scores["dpo"][:, 0] > scores["dpo"][:, 1]).float().mean() > 0.8
     assert torch.equal(sequence_logprobs(model, ImplicitScorer(model, 0.1).batch(pairs), "reference"), before)
-    assert torch.tensor(ImplicitReward(model, "policy", 0.5).score(pair_groups(pairs))).abs().max() < 1e-4  # another adapter is not touched
+    assert scores["policy"].abs().max() < 1e-4  # another adapter is not touched
 
 
 def test_sft_makes_preferred_replies_likelier(new_gemma, pairs) -> None:
