@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from gemma_grpo.escapes import printable
 from gemma_grpo.redact import redact
@@ -170,7 +170,7 @@ class _Child:
             raise NoAnswerError("sent back what is no JSON") from None
 
     def _pass_on(self) -> None:
-        if sys.stderr is None or not self.printed:
+        if sys.stderr is None or not self.printed or _is_closed(sys.stderr):
             return
         text = self.printed.decode("utf-8", "replace")
         shown = "\n".join(printable(line) for line in redact(text).split("\n"))
@@ -178,6 +178,19 @@ class _Child:
         more = f"... {self.num_left_out} bytes more left out\n" if self.num_left_out else ""
         with suppress(OSError, ValueError):  # a closed stderr must not cost the answer
             sys.stderr.write(f"{shown}{end}{more}")
+
+
+def _is_closed(stream: TextIO) -> bool:
+    """Whether the file behind a stream is closed. What is written there all the same stays in its buffer, and ends the program with 120."""
+    try:
+        number = stream.fileno()
+    except (OSError, ValueError, AttributeError):
+        return False  # a notebook's own, with no file behind it
+    try:
+        os.fstat(number)
+    except OSError:
+        return True
+    return False
 
 
 def _started(work: Callable[[], Any]) -> _Child:

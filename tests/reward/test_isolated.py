@@ -292,7 +292,9 @@ from gemma_grpo.reward.isolated import call_isolated
 answer = call_isolated(lambda: [os.write(1, b"hello"), os.read(0, 1).decode()], 60.0)
 open({str(tmp_path / "answer")!r}, "w").write(repr(answer))
 """
-    subprocess.run([sys.executable, "-c", program], timeout=60, check=True)
+    # buffered, as a user's interpreter is: text that can go nowhere must not wait there for the end
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    subprocess.run([sys.executable, "-c", program], timeout=60, check=True, env=environment)
     assert (tmp_path / "answer").read_text(encoding="utf-8") == "[5, '']"
 
 
