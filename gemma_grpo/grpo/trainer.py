@@ -222,7 +222,7 @@ class GRPOTrainer(Preparation):
         with watchdog.phase("witness", f"step {self.step}"):
             alarms = self.lookout.look(self.step)
         for alarm in alarms:
-            self.view.warn(f"{alarm.level}: {alarm.text}")
+            (self.view.note if alarm.level == "note" else self.view.warn)(f"{alarm.level}: {alarm.text}")
         self._alerted = self.lookout.alerted
         if self._alerted:
             self._warn(f"witness.stop_on_alert ended this run at step {self.step}; the adapter the witness liked best is in {BEST}/")

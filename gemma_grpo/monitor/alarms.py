@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 Level = Literal["note", "warn", "alert"]
@@ -21,8 +21,8 @@ RISE_Z = 2.0
 """Standard errors by which the reward must have risen, reply by reply, since the look a witness is compared with."""
 FALL_Z = 2.5
 """Standard errors by which a witness must have fallen."""
-ALERT = 2.0
-"""Times the least fall from which one witness alone is an alert; two that warn are one too."""
+NOTE, ALERT = 0.5, 2.0
+"""Times the least fall from which one witness alone is noted, and is an alert; two that warn are one too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Witness:
     better: int
     """1 where more of it is better, -1 where less."""
     least: float
-    """A fall from its best look that is smaller means nothing, whatever its standard error."""
+    """A fall from its best look that is smaller is no warning, whatever its standard error."""
     unit: str = ""
     kind: str | None = None
     """The only kind of prompt it is about; None for all."""
@@ -86,8 +86,8 @@ def new_alarms(looks: Sequence[Look], now: Look) -> list[Alarm]:
     """What the newest look shows beside the earlier ones and was not said before, at most one for each witness."""
     said = {alarm["witness"]: LEVELS.index(alarm["level"]) for look in looks for alarm in look.get("alarms", ())}
     found = [alarm for witness in WITNESSES if (alarm := _alarm(witness, looks, now)) is not None]
-    if len([alarm for alarm in found if alarm.level != "note"]) > 1:
-        found = [_raised(alarm) for alarm in found]
+    if sum(alarm.level != "note" for alarm in found) > 1:
+        found = [alarm if alarm.level == "note" else replace(alarm, level="alert") for alarm in found]
     return [alarm for alarm in found if LEVELS.index(alarm.level) > said.get(alarm.witness, -1)]
 
 
@@ -115,9 +115,9 @@ def _alarm(witness: Witness, looks: Sequence[Look], now: Look) -> Alarm | None:
     then, seen = max(changes, key=lambda item: witness.better * item[1].before)
     proxy = change(then, now, "proxy")
     fall = -witness.better * (seen.after - seen.before)
-    if proxy is None or proxy.z < RISE_Z or fall < witness.least or -witness.better * seen.z < FALL_Z:
+    if proxy is None or proxy.z < RISE_Z or fall < NOTE * witness.least or -witness.better * seen.z < FALL_Z:
         return None
-    level: Level = "alert" if fall >= ALERT * witness.least else "warn"
+    level: Level = "alert" if fall >= ALERT * witness.least else "warn" if fall >= witness.least else "note"
     text = (
         f"since step {then['step']} the reward rose from {proxy.before:.3f} to {proxy.after:.3f} on held-out prompts while {witness.title} "
         f"went from {seen.before:.3f} to {seen.after:.3f}{witness.unit}"
@@ -138,9 +138,3 @@ def _samples(witness: Witness, seen: Change, proxy: Change, now: Look) -> tuple[
 def _scaled(values: Sequence[float]) -> list[float]:
     spread = statistics.pstdev(values) or 1.0
     return [value / spread for value in values]
-
-
-def _raised(alarm: Alarm) -> Alarm:
-    """One level higher."""
-    level = LEVELS[min(LEVELS.index(alarm.level) + 1, len(LEVELS) - 1)]
-    return Alarm(level, alarm.step, alarm.witness, alarm.text, alarm.samples)

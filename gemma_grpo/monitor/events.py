@@ -162,7 +162,9 @@ class RunDirectory:
         self._append(LOOKS, look)
 
     def looks(self) -> list[dict[str, Any]]:
-        """Every look so far, oldest first."""
+        """Every look so far, oldest first; none in a run that began before there were looks."""
+        if not (self.path / LOOKS).is_file():
+            return []
         with (self.path / LOOKS).open(encoding="utf-8") as log:
             return [json.loads(line) for line in log]
 

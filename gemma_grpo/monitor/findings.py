@@ -121,9 +121,9 @@ def verdict(evaluation: Mapping[str, Any]) -> Verdict | None:
         return Verdict(tone, headline, _sentence("Gold", gold, STYLES["gold"]), _further(evaluation), _warnings(evaluation))
     witness = measure(evaluation.get("witness"))
     if witness:
-        tone, headline = {1: ("good", "Better, says the witness."), -1: ("bad", "Worse, says the witness.")}.get(
-            witness.sure, ("unclear", "No clear change.")
-        )
+        # never "good": on one base the witness can be fooled by what fools the reward (docs/overoptimisation.md)
+        words = {1: ("unclear", "The held-out judge rose."), -1: ("bad", "The held-out judge fell."), 0: ("unclear", "No clear change.")}
+        tone, headline = words[witness.sure]
         sentence = _sentence("Held-out judge", witness, STYLES["witness"])
         caution = "No true score is known here. The witness learned from other pairs than the reward, on the same base: it can err with it."
         return Verdict(tone, headline, sentence, [caution, *_further(evaluation)], _warnings(evaluation))

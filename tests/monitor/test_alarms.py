@@ -43,6 +43,15 @@ def test_a_reward_that_rises_while_the_witness_falls_is_told_with_both_numbers_a
     assert set(alarm.samples) <= {f"p{n}" for n in range(REPLIES)}
 
 
+def test_half_the_least_fall_is_noted_and_two_notes_are_no_warning() -> None:
+    then = look(0, proxy=0.0, witness=0.4, lexical=0.2)
+    alarms = new_alarms([then], look(5, proxy=0.9, witness=0.37, lexical=0.17))
+    assert [(alarm.witness, alarm.level) for alarm in alarms] == [("witness", "note"), ("lexical", "note")]
+    # one that warns beside one that is noted: neither is more than it is
+    mixed = new_alarms([then], look(5, proxy=0.9, witness=0.33, lexical=0.17))
+    assert [alarm.level for alarm in mixed] == ["warn", "note"]
+
+
 def test_twice_the_least_fall_is_an_alert() -> None:
     (alarm,) = new_alarms([look(0, proxy=0.0, witness=0.4)], look(5, proxy=0.9, witness=0.29))
     assert alarm.level == "alert"

@@ -40,7 +40,7 @@ def test_without_gold_a_rising_reward_is_not_called_better() -> None:
 
 
 def test_without_gold_the_witness_speaks_and_is_not_taken_for_the_truth() -> None:
-    for low, high, tone, headline in ((0.1, 0.3, "good", "Better, says the witness."), (-0.3, -0.1, "bad", "Worse, says the witness."),
+    for low, high, tone, headline in ((0.1, 0.3, "unclear", "The held-out judge rose."), (-0.3, -0.1, "bad", "The held-out judge fell."),
                                       (-0.1, 0.1, "unclear", "No clear change.")):  # fmt: skip
         found = verdict({"reward": metric(0.1, 0.9, 0.7, 0.9), "witness": metric(0.0, 0.2, low, high)})
         assert found is not None
