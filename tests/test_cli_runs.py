@@ -71,8 +71,15 @@ def test_train_writes_the_run_directory_and_evaluate_and_report_read_it(
     after = json.loads((output / "evaluation.json").read_bytes())
     assert {**after, "seconds": 0} == {**json.loads(before), "seconds": 0}
 
+    capsys.readouterr()
+    assert run(["evaluate", str(output), "--baselines"]) == 0
+    head, reward = (line for line in capsys.readouterr().out.splitlines() if "this run" in line or line.startswith("reward (proxy)"))
+    assert [name for name in ("this run", "best of 4", "best of 16", "DPO", "SFT") if name not in head] == []
+    assert reward.count("[") == 5
+
     (output / "report.html").unlink()
     assert run(["report", str(output)]) == 0
+    assert "Beside the plain ways" in (output / "report.html").read_text(encoding="utf-8")
     assert (output / "report.html").read_text(encoding="utf-8").startswith("<!")
 
 

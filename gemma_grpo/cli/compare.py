@@ -27,17 +27,16 @@ def compare(runs: Runs) -> None:
 
 def table(names: Sequence[str], evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for each metric that any of them has: after training, and the gain with its interval."""
-    from gemma_grpo.monitor.findings import STYLES, Measure, Style, measure, show, show_interval
+    from gemma_grpo.monitor.findings import compared
 
-    def gained(one: Measure, style: Style) -> str:
-        return f"({show(one.gain, style, signed=True)} {show_interval(one, style)})"
+    rows = [[row.title, *(cell or "-" for cell in row.cells)] for row in compared(evaluations)]
+    return _aligned([["", *(printable(name) for name in names)], *rows])
 
-    rows = [["", *(printable(name) for name in names)]]
-    for name, style in STYLES.items():
-        found = [measure(evaluation.get(name)) for evaluation in evaluations]
-        if any(found):
-            rows.append([style.title, *(f"{show(one.after, style)} {gained(one, style)}" if one else "-" for one in found)])
-    return _aligned(rows)
+
+def baseline_lines(evaluation: Mapping[str, Any]) -> list[str]:
+    """The run beside the plain ways that it was measured against; none where there are none."""
+    baselines = evaluation.get("baselines") or {}
+    return ["", *table(["this run", *baselines], [evaluation, *baselines.values()])] if baselines else []
 
 
 def settings_lines(runs: Sequence[Path]) -> list[str]:

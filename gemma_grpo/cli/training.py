@@ -11,6 +11,7 @@ import typer
 from gemma_grpo.access import checkpoint_folder
 from gemma_grpo.cards import present_card
 from gemma_grpo.cli.allowing import AllowCode, CodeHash, allowed_code
+from gemma_grpo.cli.compare import baseline_lines
 from gemma_grpo.cli.printing import say
 from gemma_grpo.cli.summary import evaluation_lines, read_calibration, reward_lines
 from gemma_grpo.config import GRPOConfig, load_recipe, parse_overrides
@@ -85,7 +86,7 @@ def evaluate(
     trainer = GRPOTrainer.from_run(run, reward_functions=functions_of(code, config) if code and config else None)
     with trainer.view, listening():
         evaluation = trainer.evaluate(baselines=baselines)
-    say(*evaluation_lines(evaluation))
+    say(*evaluation_lines(evaluation), *baseline_lines(evaluation))
     say(f"details: {trainer.run_dir / 'evaluation.json'}")
 
 

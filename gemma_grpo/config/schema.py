@@ -169,6 +169,10 @@ class RewardModelSettings(Stage):
     """Weight of the judges' variance in uwo, per unit of log-odds."""
     per_source: bool = False
     """Adapters of their own for every source of the pairs: preferences for helpful and for harmless replies contradict each other."""
+    implicit_member: bool = False
+    """One more member, trained on the same pairs as DPO trains: its verdict is dpo_beta (log pi - log pi_ref) of the whole reply."""
+    dpo_beta: Positive = 0.1
+    """Of that member, and of DPO among the baselines (`evaluate --baselines`): reward per nat of distance to the untouched model."""
     length_residual: bool = False
     """Takes out of the reward what a linear function of the reply's length explains, source by source."""
 
@@ -252,8 +256,6 @@ class EvaluationSettings(Stage):
     """Held-out prompts sampled with and without the adapter; 0 skips the evaluation."""
     num_completions: Count = 1
     """Completions of each held-out prompt."""
-    dpo_beta: Positive = 0.1
-    """Of DPO among the baselines (`evaluate --baselines`): reward per nat of distance to the untouched model."""
 
 
 class GRPOConfig(Stage):

@@ -57,7 +57,7 @@ class Baselines:
 
     def _train(self, name: str) -> None:
         settings = self.config.reward_model.model_copy(update={"centering": 0.0})
-        scorer = ImplicitScorer(self.model, self.config.evaluation.dpo_beta) if name == DPO else LikelihoodScorer(self.model)
+        scorer = ImplicitScorer(self.model, settings.dpo_beta) if name == DPO else LikelihoodScorer(self.model)
         loss = bradley_terry_loss if name == DPO else likelihood_loss
         self.model.add_adapter(name)
         RewardTraining(scorer, self.data.pairs, settings, seed=self.config.seed, adapter=name, loss=loss).run()

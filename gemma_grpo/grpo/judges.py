@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from gemma_grpo.grpo.setup import TrainingData
 from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.model.memory import release
 from gemma_grpo.monitor.events import RunDirectory
+from gemma_grpo.reward.base import Reward
 from gemma_grpo.reward.ensemble import EnsembleReward, Member, members_of, pairs_of
 from gemma_grpo.reward.generative import GenerativeReward, Judge
+from gemma_grpo.reward.implicit import ImplicitReward, ImplicitScorer
 from gemma_grpo.reward.training import RewardTraining
 from gemma_grpo.rollout.engine import RolloutEngine
 
@@ -54,8 +57,12 @@ class Judges:
 
     def reward(self) -> EnsembleReward:
         """The reward "generative"."""
-        judges = {member: GenerativeReward(self.model, member.adapter) for member in self._members}
-        return EnsembleReward(judges, self.config.reward_model, self._slopes())
+        return EnsembleReward({one: self._verdicts(one) for one in self._members}, self.config.reward_model, self._slopes())
+
+    def _verdicts(self, member: Member) -> Reward:
+        if member.dpo_beta is None:
+            return GenerativeReward(self.model, member.adapter)
+        return ImplicitReward(self.model, member.adapter, member.dpo_beta)
 
     def _slopes(self) -> dict[str, float]:
         """What length adds to the reward, by source; empty where nothing is taken out."""
@@ -119,11 +126,12 @@ class Judges:
                 f"no pair is left to train {empty[0]!r} on: {len(data.pairs)} pairs are too few for reward_model.members="
                 f"{settings.members}. Give more rows, or fewer members."
             )
+        betas = {member.adapter: member.dpo_beta for member in members}
         keepers: list[RewardKeeper] = []
         for number, (adapter, pairs) in enumerate(parts.items()):
             self.model.add_adapter(adapter)
             keeper = RewardKeeper(run, self.config, warn, adapter, _place(run, adapter) / "checkpoints")
-            training = RewardTraining(Judge(self.model), pairs, settings, seed=self.config.seed + _SEED_STRIDE * number, adapter=adapter)
+            training = self._training(adapter, betas.get(adapter), pairs, self.config.seed + _SEED_STRIDE * number)
             with watchdog.phase("reward training", f"{adapter}, {len(pairs)} pairs"):
                 keeper.train(training, partial(progress, adapter))
             keepers.append(keeper)
@@ -140,8 +148,16 @@ class Judges:
         for keeper in keepers:
             keeper.done()
 
+    def _training(self, adapter: str, beta: float | None, pairs: Sequence[EncodedPair], seed: int) -> RewardTraining:
+        """Bradley-Terry on a judge's log-odds, or on the implicit reward, which nothing need keep around 0: the reference does."""
+        settings = self.config.reward_model
+        if beta is None:
+            return RewardTraining(Judge(self.model), pairs, settings, seed=seed, adapter=adapter)
+        plain = settings.model_copy(update={"centering": 0.0})
+        return RewardTraining(ImplicitScorer(self.model, beta), pairs, plain, seed=seed, adapter=adapter)
+
     def _measure(self, measure: Callable[..., dict[str, Any]], pairs: Sequence[EncodedPair], counts: Mapping[str, int]) -> None:
-        members = [{"adapter": one.adapter, "number": one.number, "source": one.source} for one in self._members]
+        members = [asdict(one) for one in self._members]
         trained = {"pairs_trained": sum(counts[one.adapter] for one in self._members)}
         self.calibration = {**trained, "members": members, "length_slopes": {}}
         if self.config.reward_model.length_residual:

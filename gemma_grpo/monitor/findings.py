@@ -6,7 +6,7 @@ policy learned the reward's mistake, and no average shows it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,6 +138,31 @@ def verdict(evaluation: Mapping[str, Any]) -> Verdict | None:
     return Verdict(tone, headline, sentence, [caution, *_further(evaluation)], _warnings(evaluation))
 
 
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One metric of several policies: after training, and the gain with its interval; None where it was not measured."""
+
+    title: str
+    cells: list[str | None]
+
+
+def compared(evaluations: Sequence[Mapping[str, Any]]) -> list[Compared]:
+    """Each metric that any of them has, and both win rates at equal length too."""
+    rows = []
+    for name, style in STYLES.items():
+        found = [measure(evaluation.get(name)) for evaluation in evaluations]
+        if not any(found):
+            continue
+        cells = [
+            f"{show(one.after, style)} ({show(one.gain, style, signed=True)} {show_interval(one, style)})" if one else None for one in found
+        ]
+        rows.append(Compared(style.title, cells))
+        if name in ("win_rate", "win_rate_chosen"):
+            equal = [_at_equal_length(evaluation.get(name)) for evaluation in evaluations]
+            rows += [Compared(f"{style.title}, equal length", equal)] if any(equal) else []
+    return rows
+
+
 def kind_rows(evaluation: Mapping[str, Any]) -> list[KindRow]:
     """Each kind of request, those that need a look first."""
     by_kind = evaluation.get("by_kind")
@@ -193,16 +218,22 @@ def _further(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def _controlled(data: Any) -> str:
-    """The win rate at equal length, as the end of a sentence; empty where there is none."""
+    """The same as the end of a sentence; empty where there is none."""
+    found = _at_equal_length(data)
+    return f"; at equal length {found}" if found else ""
+
+
+def _at_equal_length(data: Any) -> str | None:
+    """The win rate at equal length with its interval; None where there is none."""
     found = data.get("length_controlled") if isinstance(data, Mapping) else None
     value = real(found.get("value")) if isinstance(found, Mapping) else None
     if value is None or found is None:
-        return ""
+        return None
     style, interval = STYLES["win_rate"], found.get("interval")
     ends = ""
     if isinstance(interval, list) and len(interval) == 2 and None not in (low := real(interval[0]), high := real(interval[1])):
         ends = f" [{show(low, style)}, {show(high, style)}]"
-    return f"; at equal length {show(value, style)}{ends}"
+    return f"{show(value, style)}{ends}"
 
 
 def _warnings(evaluation: Mapping[str, Any]) -> list[str]:

@@ -94,10 +94,13 @@ def _template() -> Template:
 
 def _context(files: RunFiles) -> dict[str, Any]:
     calibration = files.calibration
+    baselines = _mappings(files.evaluation.get("baselines"))
     return {
         "files": files,
         "verdict": findings.verdict(files.evaluation),
         "measures": _measures(files.evaluation),
+        "arms": ["this run", *baselines],
+        "compared": findings.compared([files.evaluation, *baselines.values()]) if baselines else [],
         "kinds": findings.kind_rows(files.evaluation),
         "strip": _strip(files.evaluation),
         "styles": findings.STYLES,
@@ -219,6 +222,10 @@ def _phases(files: RunFiles) -> list[tuple[str, float]]:
     started, ended = real(files.run.get("started")), real(files.run.get("ended"))
     rest = ended - started - sum(spent for _, spent in sums) if started is not None and ended is not None else 0.0
     return [*sums, ("loading and the rest", rest)] if rest > 0 else sums
+
+
+def _mappings(value: Any) -> dict[str, Record]:
+    return {str(name): one for name, one in value.items() if isinstance(one, Mapping)} if isinstance(value, Mapping) else {}
 
 
 def _many_steps(files: RunFiles) -> bool:

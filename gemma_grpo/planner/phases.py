@@ -164,7 +164,8 @@ class Run:
         settings, witness = self.config.reward_model, self.config.witness
         if "generative" not in self.rewards:
             return 0
-        return settings.members * (2 if settings.per_source else 1) - 1 + bool(witness.share or witness.path)
+        members = settings.members + settings.implicit_member
+        return members * (2 if settings.per_source else 1) - 1 + bool(witness.share or witness.path)
 
     def _phase(self, name: str, copies: int, *stages: Stage) -> Phase:
         fixed = {

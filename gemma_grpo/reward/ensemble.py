@@ -30,19 +30,22 @@ class Member:
     """Counts from 0 among the members that score the same prompts."""
     source: str | None
     """The only source it learns from and scores; None for all."""
+    dpo_beta: float | None = None
+    """Of a member that is trained as DPO trains, whose verdict is its implicit reward; None for a judge of the question."""
 
 
 def members_of(settings: RewardModelSettings, sources: Sequence[str]) -> list[Member]:
-    """The adapters a run trains, the first one named "reward": `members` for each source, or for all of them together."""
+    """The adapters a run trains, the first one named "reward": `members` judges for each source, or for all together, then DPO's."""
     routes: Sequence[str | None] = sorted(set(sources)) if settings.per_source and sources else [None]
-    found = [Member("", number, source) for source in routes for number in range(settings.members)]
-    return [Member("reward" if n == 0 else f"reward-{n + 1}", one.number, one.source) for n, one in enumerate(found)]
+    kinds = [None] * settings.members + [settings.dpo_beta] * settings.implicit_member
+    found = [(number, source, beta) for source in routes for number, beta in enumerate(kinds)]
+    return [Member("reward" if n == 0 else f"reward-{n + 1}", *one) for n, one in enumerate(found)]
 
 
 def pairs_of(member: Member, pairs: Sequence[EncodedPair], members: int) -> list[EncodedPair]:
     """What a member learns from: its source's pairs, but for one of as many parts of the conversations as there are members.
 
-    So that members differ by more than their order; two of them have a half each.
+    So that members differ by more than their order; two of them have a half each. A DPO member differs anyway and learns from all.
     """
     own = [pair for pair in pairs if member.source in (None, pair.pair.source)]
     return [pair for pair in own if members == 1 or part_of_conversation(pair.conversation_id, members) != member.number]

@@ -1,7 +1,7 @@
 """Direct preference optimisation: beta (log pi - log pi_ref) of a reply, learned on pairs as a judge is (arXiv:2305.18290).
 
 The Bradley-Terry loss of this implicit reward *is* DPO's, so the training of judges makes a policy to be compared with. Beside it the
-plainest policy of all, likelihood of the preferred replies (SFT). Owns what a pair's score is; the loop is training.py's.
+plainest policy of all, likelihood of the preferred replies (SFT). Owns what a pair's score is, and a rollout's; the loop is training.py's.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gemma_grpo.data.batch import GroupBatch, pad_groups
+from gemma_grpo.data.batch import GroupBatch, pad_groups, pad_rollouts
 from gemma_grpo.data.prompts import EncodedPair
 from gemma_grpo.model.gemma import REFERENCE, Gemma, ModelRole
 from gemma_grpo.model.logprobs import completion_logprobs
+from gemma_grpo.reward.base import Scores
+from gemma_grpo.reward.generative import scores_by_size
+from gemma_grpo.types import RolloutGroup
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,26 @@ class ImplicitScorer:
         assert isinstance(piece, ReferredBatch)
         logprobs, _ = completion_logprobs(self.model, piece, entropy_gradient=False)
         return self.beta * (logprobs.sum(-1) - piece.ref_sums)
+
+
+class ImplicitReward:
+    """Scores rollouts by what a DPO adapter makes likelier: an ensemble's member of another kind than a judge (arXiv:2305.18290).
+
+    It grows with a reply's length where the policy moved, and reaches less far than a judge does (RewardBench): no reward of its own.
+    """
+
+    name = "implicit"
+
+    def __init__(self, model: Gemma, adapter: str, beta: float) -> None:
+        self.model, self.adapter, self.beta = model, adapter, beta
+
+    def score(self, groups: Sequence[RolloutGroup]) -> Scores:
+        """beta (log pi - log pi_ref) of each completion, in nats, [N][G]."""
+        return scores_by_size(groups, self._read)
+
+    def _read(self, part: Sequence[RolloutGroup]) -> Float[Tensor, "N G"]:
+        batch = pad_rollouts(part).to(self.model.device)
+        return self.beta * (sequence_logprobs(self.model, batch, self.adapter) - sequence_logprobs(self.model, batch, REFERENCE))
 
 
 class LikelihoodScorer:

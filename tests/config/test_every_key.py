@@ -177,6 +177,8 @@ CHANGES: dict[str, Change] = {
     "reward_model.combine": Change("worst", completion("reward"), TWO_JUDGES),
     "reward_model.uncertainty": Change(5.0, completion("reward"), TWO_JUDGES),
     "reward_model.per_source": Change(True, calibration("members"), {**GENERATIVE, "data.source": "somewhere"}),
+    "reward_model.implicit_member": Change(True, calibration("members"), GENERATIVE),
+    "reward_model.dpo_beta": Change(5.0, calibration("members"), {**GENERATIVE, "reward_model.implicit_member": True}),
     "reward_model.length_residual": Change(True, calibration("length_slopes"), GENERATIVE),
     "judge.rubric": Change("A good reply is short.", completion("parts"), {"reward": {"judge": 1.0}}),
     "judge.opponents": Change(1, completion("parts"), {"reward": {"pairwise": 1.0}, "num_generations": 4}),
@@ -201,7 +203,6 @@ CHANGES: dict[str, Change] = {
     "data.strict": Change(True, None),
     "evaluation.num_prompts": Change(3, evaluated("reward"), EVALUATED),
     "evaluation.num_completions": Change(2, evaluated("reward"), EVALUATED),
-    "evaluation.dpo_beta": Change(5.0, None),
 }
 
 

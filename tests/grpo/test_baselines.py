@@ -57,7 +57,7 @@ def test_an_evaluation_without_them_is_what_it_was(compared) -> None:
 
 def test_another_beta_is_another_policy(train_tiny, compared) -> None:
     run, _ = compared
-    other = train_tiny(**SETTINGS, **{"evaluation.dpo_beta": 5.0})
+    other = train_tiny(**SETTINGS, **{"reward_model.dpo_beta": 5.0})
     other.trainer.evaluate(baselines=True)
     one, two = (load_file(path / "baselines" / "dpo" / "adapter_model.safetensors") for path in (run.path, other.path))
     assert any((one[name] != two[name]).any() for name in one)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gemma_grpo.monitor.findings import STYLES, kind_rows, measure, show, show_interval, verdict
+from gemma_grpo.monitor.findings import STYLES, compared, kind_rows, measure, show, show_interval, verdict
 
 
 def metric(before: float, after: float, low: float | None, high: float | None, n: int = 128) -> dict[str, Any]:
@@ -57,6 +57,18 @@ def test_win_rates_are_told_at_equal_length_too() -> None:
     lines = [line.replace("\u00a0", " ") for line in found.further]
     assert lines[0] == "Against the untouched model it wins 71 % [66 %, 76 %], judged by gold; at equal length 60 % [55 %, 65 %]."
     assert lines[1] == "Against the dataset’s preferred reply it wins 40 % → 60 %; at equal length 50 %."
+
+
+def test_several_policies_stand_in_one_row_and_what_one_lacks_is_empty() -> None:
+    equal = {"length_controlled": {"value": 0.55, "interval": [0.5, 0.6]}}
+    run = {"gold": metric(0.3, 0.6, 0.2, 0.4), "win_rate": metric(0.5, 0.7, 0.1, 0.3) | equal}
+    rows = compared([run, {"gold": metric(0.3, 0.4, 0.0, 0.2)}])
+    assert [(row.title, row.cells) for row in rows] == [
+        ("gold", ["0.60 (+0.30 [0.20, 0.40])", "0.40 (+0.10 [0.00, 0.20])"]),
+        ("win rate", ["70\u00a0% (+20\u00a0pt [10, 30]\u00a0pt)", None]),
+        ("win rate, equal length", ["55\u00a0% [50\u00a0%, 60\u00a0%]", None]),
+    ]
+    assert compared([{}, {}]) == []
 
 
 def test_the_win_rate_interval_is_shown_around_the_win_rate() -> None:

@@ -81,6 +81,15 @@ def test_members_are_named_and_numbered_and_differ_by_a_part_of_the_conversation
     assert all(everything - part <= parts[(n + 1) % 3] & parts[(n + 2) % 3] for n, part in enumerate(parts))
 
 
+def test_a_dpo_member_comes_after_the_judges_of_each_source_and_learns_from_all_its_pairs(encoded_pairs) -> None:
+    settings = RewardModelSettings(members=2, implicit_member=True, dpo_beta=0.3)
+    members = members_of(settings, ["a"])
+    assert [(one.adapter, one.dpo_beta) for one in members] == [("reward", None), ("reward-2", None), ("reward-3", 0.3)]
+    assert pairs_of(members[2], encoded_pairs, 2) == list(encoded_pairs)
+    routed = members_of(RewardModelSettings(implicit_member=True, per_source=True), ["b", "a"])
+    assert [(one.source, one.dpo_beta) for one in routed] == [("a", None), ("a", 0.1), ("b", None), ("b", 0.1)]
+
+
 @pytest.fixture
 def encoded_pairs(tokenizer):
     from conftest import PAIR_ROWS

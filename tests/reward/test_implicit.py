@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from conftest import PAIR_ROWS
 from gemma_grpo.config.schema import RewardModelSettings
 from gemma_grpo.data.hh_rlhf import load_hh_rlhf
 from gemma_grpo.data.prompts import encode_pairs
-from gemma_grpo.reward.implicit import ImplicitScorer, LikelihoodScorer, likelihood_loss, sequence_logprobs
+from gemma_grpo.reward.generative import pair_groups
+from gemma_grpo.reward.implicit import ImplicitReward, ImplicitScorer, LikelihoodScorer, likelihood_loss, sequence_logprobs
 from gemma_grpo.reward.training import RewardTraining, bradley_terry_loss
 
 
@@ -43,6 +45,23 @@ def test_the_loss_is_dpos(new_gemma, pairs) -> None:
         ratios = [sums["policy"][side] - sums["reference"][side] for side in (0, 1)]
         expected.append(math.log1p(math.exp(-beta * (ratios[0] - ratios[1]))))  # -log sigmoid
     assert float(loss) == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+
+
+@torch.no_grad()
+def test_as_a_reward_it_is_beta_times_the_log_ratio_of_each_reply_in_groups_of_any_size(new_gemma, pairs) -> None:
+    model, beta = new_gemma(), 0.3
+    groups = pair_groups(pairs[:3])
+    groups[1] = replace(groups[1], completions=groups[1].completions[:1])
+    scores = ImplicitReward(model, "policy", beta).score(groups)
+    assert [len(row) for row in scores] == [2, 1, 2]
+    for group, row in zip(groups, scores, strict=True):
+        for completion, score in zip(group.completions, row, strict=True):
+            sums = {}
+            for role in ("policy", "reference"):
+                with model.role(role):
+                    sums[role] = plain_logprob(model, group.prompt.token_ids, completion.token_ids)
+            assert score == pytest.approx(beta * (sums["policy"] - sums["reference"]), abs=1e-4)
+    assert ImplicitReward(model, "reference", beta).score(groups[:1]) == [[0.0, 0.0]]
 
 
 def test_an_untouched_policy_scores_nothing_and_its_loss_is_log_two(new_gemma, pairs) -> None:
