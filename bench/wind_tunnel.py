@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from bench.machine import commit, machine, versions
@@ -123,24 +124,27 @@ def main() -> None:
 
 
 def make_missing(options: argparse.Namespace, root: Path) -> None:
-    """The runs that the result does not have, seed by seed; the result is written after each."""
+    """The runs that the result does not have, one variant after the other; the result is written after each."""
     root.mkdir(parents=True, exist_ok=True)
     runs: list[dict[str, Any]] = json.loads(options.out.read_text(encoding="utf-8"))["runs"] if options.out.is_file() else []
     done = {(one["variant"], one["seed"], one["steps"]) for one in runs}
+    wanted = [(variant, seed) for variant in options.variants for seed in options.seeds]
+    of_seed = {seed: Lock() for seed in options.seeds}  # its judges are trained once
 
-    def of_seed(seed: int) -> None:
-        for variant in options.variants:
-            if (variant, seed, options.steps) in done:
-                continue
-            runs.append(run(variant, seed, options.steps, root, baselines=options.baselines))
-            last = runs[-1]["looks"][-1]
-            print(f"{variant}, seed {seed}: " + "  ".join(f"{name} {value:.3f}" for name, value in last.items()), flush=True)
+    def make(variant: str, seed: int) -> None:
+        with of_seed[seed]:
+            one = run(variant, seed, options.steps, root, baselines=options.baselines)
+        last = "  ".join(f"{name} {value:.3f}" for name, value in one["looks"][-1].items())
+        with writing:
+            runs.append(one)
             runs.sort(key=lambda one: (list(VARIANTS).index(one["variant"]), one["seed"], one["steps"]))
             head = {"machine": machine(), "commit": commit(), "versions": versions()}
             options.out.write_text(json.dumps({**head, "watched": WATCHED, "runs": runs}, indent=1) + "\n", encoding="utf-8")
+        print(f"{variant}, seed {seed}: {last}", flush=True)
 
+    writing = Lock()
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(of_seed, options.seeds))
+        list(pool.map(lambda one: make(*one), [one for one in wanted if (*one, options.steps) not in done]))
 
 
 if __name__ == "__main__":
