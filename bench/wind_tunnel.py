@@ -28,8 +28,10 @@ RESULTS = Path(__file__).parent / "results" / "wind_tunnel.json"
 ARMS = ("defaults", "length only", "random")
 """Variants that are evaluated at the end too, to stand beside best-of-n, DPO and SFT."""
 NUMBERS = ("gold", "witness", "reward", "win_rate", "win_rate_chosen", "kl_sequence", "length")
-WATCHED: dict[str, Any] = {"witness.every": 2, "witness.num_prompts": 1000, "witness.num_completions": 2, "evaluation.num_prompts": 0}
+WATCHED: dict[str, Any] = {"witness.every": 4, "witness.num_prompts": 1000, "witness.num_completions": 2, "evaluation.num_prompts": 0}
 """All held-out prompts, two replies each: the curves' own noise must not be taken for what happens."""
+CLOSELY = ("nothing", "defaults", "group std", "KL in the reward", "labels 0 % wrong")
+"""Variants that are looked at after every step: those whose alarms, and whose false alarms, are counted."""
 BARE: dict[str, Any] = {"kl.placement": "off", "reward_model.shaping": "none", "reward": "{generative: 1.0}"}
 JUDGES = ("dataset", "reward_model.members")
 """Settings that a variant's judges depend on."""
@@ -67,7 +69,8 @@ def gemma_grpo(words: Sequence[str], log: Path) -> None:
 def settings(variant: str, seed: int) -> dict[str, Any]:
     """Everything in which a run differs from the recipe."""
     evaluated = {"evaluation.num_prompts": 200, "evaluation.num_completions": 4} if variant in ARMS else {}
-    return {"seed": seed, **WATCHED, **evaluated, **VARIANTS[variant]}
+    closely = {"witness.every": 1} if variant in CLOSELY else {}
+    return {"seed": seed, **WATCHED, **closely, **evaluated, **VARIANTS[variant]}
 
 
 def words(values: Mapping[str, Any]) -> list[str]:

@@ -17,11 +17,11 @@ UNRESTRAINED: dict[str, Any] = {
     "kl.placement": "off",
     "reward_model.shaping": "none",
     "reward": {"generative": 1.0},
-    "witness.every": 2,
+    "witness.every": 1,
     "witness.num_prompts": 1000,
     "witness.num_completions": 2,
 }
-"""What --overoptimise takes away, and how closely it looks: every held-out prompt, twice, at every second step."""
+"""What --overoptimise takes away, and how closely it looks: every held-out prompt, twice, after every step."""
 
 
 def demo(
