@@ -1,7 +1,7 @@
-"""The reward report on real hh-rlhf rows: `python -m bench.real_rows FOLDER` writes bench/results/real_rows.json and a table of the docs.
+"""The reward report on real hh-rlhf rows: `python -m bench.real_rows FOLDER`, bench/results/real_rows.json and a table of the docs out.
 
-FOLDER holds hh-rlhf files, one for each source (`harmless-base....jsonl.gz`). Each base trains an adapter for every source and is measured on
-conversations that it did not see, beside TF-IDF with logistic regression on the same pairs in the same run. The bases are what there is
+FOLDER holds hh-rlhf files, one for each source (`harmless-base....jsonl.gz`). Each base trains an adapter for every source and is measured
+on conversations that it did not see, beside TF-IDF with logistic regression on the same pairs in the same run. The bases are what there is
 without the Hub: the miniature, whose world is not these rows, and the 270m shape with random weights on the shortest rows. Neither can
 show how good a judge Gemma 3 makes; they show that the report is made whole, and what it says of a judge that knows nothing.
 """

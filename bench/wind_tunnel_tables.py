@@ -1,6 +1,7 @@
 """What bench/results/wind_tunnel.json shows, as tables: `python -m bench.wind_tunnel_tables` writes them into docs/overoptimisation.md.
 
-Points are hundredths of the gold score. A run's peak is its highest look; a mean over seeds stands beside the lowest and the highest.
+Points are hundredths of the gold score; a mean over seeds stands beside the lowest and the highest. Variants are compared at the looks that
+all of them have, every fourth step; promises and alarms are counted at every look of a run.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.document import WrittenPart
-from bench.wind_tunnel import RESULTS, VARIANTS
+from bench.wind_tunnel import ARMS, CLOSELY, RESULTS, VARIANTS, WATCHED
 from gemma_grpo.monitor.watched import Parting, parting
 
 DOCUMENT = WrittenPart(
@@ -23,13 +24,18 @@ DOCUMENT = WrittenPart(
 REPORTED = (0, 1, 2, 3, 4)
 """Seeds of the tables. Limits of the alarms were set on others, from 100 on."""
 RESTRAINED, FREE = "defaults", "nothing"
+HEALTHY = 2.0
+"""Points that gold may end below its peak for a run to be called healthy."""
 Run = Mapping[str, Any]
 
 
-def partings(runs: Sequence[Run]) -> list[Parting]:
-    """Where each run's gold went from its reward."""
-    found = [parting([{**look, "metrics": look, "alarms": _alarms(run, look["step"])} for look in run["looks"]]) for run in runs]
-    return [one for one in found if one is not None]
+def partings(runs: Sequence[Run], every: int = 1) -> list[Parting]:
+    """Where each run's gold went from its reward, by the looks at multiples of `every` steps."""
+    return [one for run in runs if (one := parting([_look(run, look) for look in run["looks"] if look["step"] % every == 0])) is not None]
+
+
+def _look(run: Run, look: Mapping[str, Any]) -> dict[str, Any]:
+    return {**look, "metrics": look, "alarms": _alarms(run, look["step"])}
 
 
 def _alarms(run: Run, step: int) -> list[Mapping[str, Any]]:
@@ -51,14 +57,12 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 def ablation_table(runs: Sequence[Run]) -> str:
     """One line for each variant that was run."""
     titles = ("", "seeds", "gold at the start", "peak", "end", "lost from peak", "reward from peak to end", "KL per reply, nats")
-    head = f"| {' | '.join((*titles, 'alarm in', 'lost when it came'))} |"
-    rows = [head, "|---" * 10 + "|"]
+    rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for variant in VARIANTS:
         chosen = of(runs, variant)
         if not chosen:
             continue
-        found = partings(chosen)
-        alarmed = [one for one in found if one.alarm is not None]
+        found = partings(chosen, WATCHED["witness.every"])
         cells = [
             str(len(chosen)),
             spread([100 * run["looks"][0]["gold"] for run in chosen]),
@@ -67,8 +71,6 @@ def ablation_table(runs: Sequence[Run]) -> str:
             spread([100 * one.lost for one in found]),
             spread([one.proxy_at_end - one.proxy_at_peak for one in found], 2),
             spread([run["looks"][-1]["kl_sequence"] for run in chosen]),
-            f"{len(alarmed)} of {len(found)}",
-            spread([100 * (one.lost_at_alarm or 0.0) for one in alarmed]),
         ]
         rows.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
@@ -76,7 +78,7 @@ def ablation_table(runs: Sequence[Run]) -> str:
 
 def promises(runs: Sequence[Run]) -> str:
     """What is asked of the defaults and of the alarms, and what was found."""
-    healthy, free = of(runs, RESTRAINED, None), partings(of(runs, FREE))
+    free = partings(of(runs, FREE))
     counted: list[tuple[str, str]] = []
     kept = partings(of(runs, RESTRAINED))
     if kept:
@@ -86,11 +88,55 @@ def promises(runs: Sequence[Run]) -> str:
         counted.append(("while the reward goes on rising", _share(free, lambda one: one.proxy_at_end > one.proxy_at_peak)))
         early = _share(free, lambda one: one.alarm is not None and 100 * (one.lost_at_alarm or 0.0) < 3)
         counted.append(("an alarm comes before gold has lost 3 points", early))
-    watched = [run for run in healthy if run["seed"] < 100]
+    lost = [100 * (one.lost_at_alarm or 0.0) for one in free if one.alarm is not None]
+    if lost:
+        counted.append(("points lost when it came", spread(lost)))
+    watched = healthy(runs)
     if watched:
         false = [run for run in watched if any(alarm["level"] != "note" for alarm in run["alarms"])]
         counted.append(("healthy runs with an alarm", f"{len(false)} of {len(watched)}"))
     return "| | found |\n|---|---|\n" + "".join(f"| {what} | {found} |\n" for what, found in counted)
+
+
+def healthy(runs: Sequence[Run]) -> list[Run]:
+    """The restrained runs that were looked at after every step and whose gold ended no more than two points below its peak."""
+    chosen = [run for variant in CLOSELY if variant != FREE for run in of(runs, variant)]
+    return [run for run in chosen for one in partings([run]) if 100 * one.lost <= HEALTHY]
+
+
+def arms_table(runs: Sequence[Run]) -> str:
+    """Trained policies and the plain ways, on the same held-out prompts against the same replies of the untouched model."""
+    arms: dict[str, list[Mapping[str, Any]]] = {variant: [run["evaluation"] for run in of(runs, variant)] for variant in ARMS}
+    for run in of(runs, RESTRAINED):
+        for name, found in run["baselines"].items():
+            arms.setdefault(name, []).append(found)
+    titles = (
+        "",
+        "seeds",
+        "gold gained, points",
+        "seeds whose interval is above 0",
+        "win rate, %",
+        "at equal length, %",
+        "length",
+        "KL per reply, nats",
+    )
+    rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    rows += [f"| {name} | {' | '.join(_arm(found))} |" for name, found in arms.items() if found]
+    return "\n".join(rows) + "\n"
+
+
+def _arm(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    sure = sum(one["gold"]["interval"][0] > 0 for one in found)
+    controlled = [one["win_rate"]["length_controlled"]["value"] for one in found if one["win_rate"]["length_controlled"]]
+    return [
+        str(len(found)),
+        spread([100 * one["gold"]["gain"] for one in found]),
+        f"{sure} of {len(found)}",
+        spread([100 * one["win_rate"]["after"] for one in found]),
+        spread([100 * value for value in controlled]),
+        spread([one["length"]["after"] for one in found]),
+        spread([one["kl_sequence"]["after"] for one in found]),
+    ]
 
 
 def _share(found: Sequence[Parting], holds: Callable[[Parting], bool]) -> str:
@@ -98,9 +144,13 @@ def _share(found: Sequence[Parting], holds: Callable[[Parting], bool]) -> str:
 
 
 def main() -> None:
-    """Write both tables."""
-    runs = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"]
-    DOCUMENT.write(f"{promises(runs)}\n{ablation_table(runs)}")
+    """Write all tables."""
+    DOCUMENT.write(tables(json.loads(RESULTS.read_text(encoding="utf-8"))["runs"]))
+
+
+def tables(runs: Sequence[Run]) -> str:
+    """What stands between the document's marks."""
+    return f"{promises(runs)}\n{ablation_table(runs)}\n{arms_table(runs)}"
 
 
 if __name__ == "__main__":

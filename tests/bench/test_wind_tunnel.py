@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench.wind_tunnel import BARE, RESULTS, VARIANTS, settings, words
-from bench.wind_tunnel_tables import DOCUMENT, ablation_table, of, promises
+from bench.wind_tunnel_tables import DOCUMENT, ablation_table, arms_table, of, promises, tables
 
 
 def run(variant: str, seed: int, golds: list[float], *, alarm: int | None = None, rising: bool = True) -> dict[str, Any]:
@@ -25,6 +25,7 @@ RUNS = [
     run("defaults", 1, [0.3, 0.5, 0.6, 0.57], alarm=6),
     run("defaults", 7, [0.3, 0.5, 0.6, 0.6]),
     run("defaults", 100, [0.3, 0.2, 0.1, 0.0], alarm=2),
+    run("group std", 0, [0.3, 0.5, 0.6, 0.6], alarm=2),
     run("nothing", 0, [0.3, 0.5, 0.49, 0.3], alarm=4),
     run("nothing", 1, [0.3, 0.5, 0.4, 0.3], alarm=6),
 ]
@@ -37,19 +38,52 @@ def test_promises_are_counted_over_the_reported_seeds() -> None:
         "| without restraint gold falls at least 10 points below its peak | 2 of 2 seeds |",
         "| while the reward goes on rising | 2 of 2 seeds |",
         "| an alarm comes before gold has lost 3 points | 1 of 2 seeds |",
-        # seeds 0, 1 and 7; those from 100 on are what the limits were set on
-        "| healthy runs with an alarm | 1 of 3 |",
+        "| points lost when it came | 10.5 (1.0 to 20.0) |",
+        # seed 0 and the group std's; seed 1 lost more than two points, 7 and 100 are not reported
+        "| healthy runs with an alarm | 1 of 2 |",
     ]
 
 
 def test_a_variant_is_a_line_with_means_and_extremes() -> None:
     lines = ablation_table(RUNS).splitlines()
-    assert len(lines) == 2 + 2
-    cells = [cell.strip() for cell in lines[-1].split("|")[1:-1]]
-    assert cells[:4] == ["nothing", "2", "30.0 (30.0 to 30.0)", "50.0 (50.0 to 50.0)"]
-    assert cells[4:7] == ["30.0 (30.0 to 30.0)", "20.0 (20.0 to 20.0)", "0.20 (0.20 to 0.20)"]
-    assert cells[7:] == ["1.5 (1.5 to 1.5)", "2 of 2", "10.5 (1.0 to 20.0)"]
+    assert len(lines) == 2 + 3
+    cells = [cell.strip() for cell in lines[3].split("|")[1:-1]]
+    # looks at steps 0 and 4 alone: the peak is the start's 0.3 or step 4's, and the end is step 4
+    assert cells[:4] == ["nothing", "2", "30.0 (30.0 to 30.0)", "44.5 (40.0 to 49.0)"]
+    assert cells[4:] == ["44.5 (40.0 to 49.0)", "0.0 (0.0 to 0.0)", "0.00 (0.00 to 0.00)", "1.5 (1.5 to 1.5)"]
     assert len(lines[0].split("|")) == len(lines[1].split("|")) == len(lines[-1].split("|"))
+
+
+def measured(gain: float, low: float, win: float, equal: float, length: float) -> dict[str, Any]:
+    return {
+        "gold": {"gain": gain, "interval": [low, gain + 0.1]},
+        "win_rate": {"after": win, "length_controlled": {"value": equal}},
+        "length": {"after": length},
+        "kl_sequence": {"after": 1.0},
+    }
+
+
+def test_arms_and_baselines_stand_in_one_table() -> None:
+    runs = [
+        {
+            **run("defaults", 0, [0.3]),
+            "evaluation": measured(0.2, 0.1, 0.7, 0.6, 12),
+            "baselines": {"DPO": measured(0.1, 0.05, 0.6, 0.5, 10)},
+        },
+        {
+            **run("defaults", 1, [0.3]),
+            "evaluation": measured(0.1, -0.1, 0.6, 0.5, 12),
+            "baselines": {"DPO": measured(0.0, -0.1, 0.5, 0.5, 10)},
+        },
+        {**run("random", 0, [0.3]), "evaluation": measured(0.0, -0.1, 0.5, 0.5, 15)},
+    ]
+    lines = arms_table(runs).splitlines()
+    assert [[cell.strip() for cell in line.split("|")[1:4]] for line in lines[2:]] == [
+        ["defaults", "2", "15.0 (10.0 to 20.0)"],
+        ["random", "1", "0.0 (0.0 to 0.0)"],
+        ["DPO", "2", "5.0 (0.0 to 10.0)"],
+    ]
+    assert lines[2].split("|")[4:7] == [" 1 of 2 ", " 65.0 (60.0 to 70.0) ", " 55.0 (50.0 to 60.0) "]
 
 
 def test_every_variant_is_known_settings_and_the_first_is_none() -> None:
@@ -66,5 +100,5 @@ def test_every_variant_is_known_settings_and_the_first_is_none() -> None:
 def test_the_documents_tables_are_those_of_the_results() -> None:
     runs = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"]
     document = DOCUMENT.path.read_text(encoding="utf-8")
-    assert DOCUMENT.filled(document, f"{promises(runs)}\n{ablation_table(runs)}") == document
+    assert DOCUMENT.filled(document, tables(runs)) == document
     assert of(runs, "defaults")
