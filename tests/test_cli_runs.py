@@ -120,6 +120,10 @@ def test_runs_are_compared_by_their_evaluations_and_by_the_settings_in_which_the
     length = next(line for line in lines if line.startswith("length"))
     assert [f"{values[name]['length']['after']:.1f}" in length for name in values] == [True, True]
     assert lines[-1].split() == ["seed", "0", "1"]
+    # they differ by their seed alone: the mean of the gains, the lowest and the highest
+    gains = sorted(values[name]["length"]["gain"] for name in values)
+    told = [line.split() for line in lines if line.startswith("length")][1]
+    assert told == ["length", *(f"{value + 0.0:+.1f}" for value in (sum(gains) / 2, *gains))]
     assert run(["compare", str(tmp_path / "first"), str(tmp_path / "first")]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "the settings are the same"
     assert run(["compare", str(tmp_path / "first")]) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
@@ -22,7 +23,11 @@ def compare(runs: Runs) -> None:
     from gemma_grpo.monitor.run_files import read_run_files
 
     files = [read_run_files(run) for run in runs]
-    say(*table([one.name for one in files], [one.evaluation for one in files]), "", *settings_lines(runs))
+    evaluations, differing = [one.evaluation for one in files], differences(runs)
+    say(*table([one.name for one in files], evaluations), "")
+    if list(differing) == ["seed"]:
+        say(*seed_lines(evaluations), "")
+    say(*settings_lines(differing))
 
 
 def table(names: Sequence[str], evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -39,13 +44,30 @@ def baseline_lines(evaluation: Mapping[str, Any]) -> list[str]:
     return ["", *table(["this run", *baselines], [evaluation, *baselines.values()])] if baselines else []
 
 
-def settings_lines(runs: Sequence[Path]) -> list[str]:
-    """The settings that are not the same in all of them."""
+def seed_lines(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The gain of each metric over runs that differ by their seed alone: mean, lowest and highest. Their spread is no interval of one run."""
+    from gemma_grpo.monitor.findings import STYLES, measure, show
+
+    rows = [[f"gain over {len(evaluations)} seeds", "mean", "lowest", "highest"]]
+    for name, style in STYLES.items():
+        gains = [one.gain for evaluation in evaluations if (one := measure(evaluation.get(name)))]
+        if len(gains) == len(evaluations):
+            rows.append([style.title, *(show(value, style, signed=True) for value in (fmean(gains), min(gains), max(gains)))])
+    return _aligned(rows)
+
+
+def differences(runs: Sequence[Path]) -> dict[str, list[Any]]:
+    """The settings that are not the same in all runs, with each run's value."""
     chosen = [_flat(load_recipe(run / "recipe.yaml").model_dump(mode="json")) for run in runs]
     names = [name for name in chosen[0] if name != "output_dir" and len({repr(one.get(name)) for one in chosen}) > 1]
-    if not names:
+    return {name: [one.get(name) for one in chosen] for name in names}
+
+
+def settings_lines(differing: Mapping[str, Sequence[Any]]) -> list[str]:
+    """The same as lines."""
+    if not differing:
         return ["the settings are the same"]
-    return _aligned([[name, *(printable(str(one.get(name))) for one in chosen)] for name in names])
+    return _aligned([[name, *(printable(str(value)) for value in values)] for name, values in differing.items()])
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

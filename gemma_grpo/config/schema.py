@@ -256,6 +256,8 @@ class EvaluationSettings(Stage):
     """Held-out prompts sampled with and without the adapter; 0 skips the evaluation."""
     num_completions: Count = 1
     """Completions of each held-out prompt."""
+    primary: Literal["gold", "witness", "win_rate", "win_rate_chosen", "reward", "refusal_harmful", "refusal_benign"] | None = None
+    """What the run is judged by, named before it begins; null: gold where it is known, else the held-out judge, else the reward."""
 
 
 class GRPOConfig(Stage):

@@ -165,6 +165,7 @@ class GRPOTrainer(Preparation):
                 given = (self.run, self.model, self.engine, scorers, self.data, self.config)
                 result["baselines"] = Baselines(*given).measure(lambda text: self.view.phase("baseline", text))
             result["frontier"] = frontier_report(self.run.looks())
+            result["primary"] = self.config.evaluation.primary
             result["seconds"] = time.perf_counter() - started
             self.run.write_json("evaluation.json", result)
         self.run.event("phase", name="evaluation", seconds=time.perf_counter() - started)

@@ -112,30 +112,50 @@ def show_interval(one: Measure, style: Style) -> str:
     return f"[{ends}]\u00a0pt" if style.percent else f"[{ends}]"
 
 
+_FALLBACK = ("gold", "witness", "reward")
+"""What a run is judged by where evaluation.primary names nothing: the first that was measured."""
+_RULES = ("refusal_harmful", "refusal_benign")
+_CAUTIONS = {
+    "witness": "No true score is known here. The witness learned from other pairs than the reward, on the same base: it can err with it.",
+    "reward": "No independent score is known here: this is the reward that training maximised, so a rise alone proves no better replies.",
+}
+
+
 def verdict(evaluation: Mapping[str, Any]) -> Verdict | None:
-    """Whether training helped, with its interval. None when there is no evaluation."""
-    gold, reward = measure(evaluation.get("gold")), measure(evaluation.get("reward"))
-    if gold:
-        words = {1: ("good", "Better."), -1: ("bad", "Worse."), 0: ("unclear", "No clear change.")}
-        tone, headline = words[gold.sure]
-        return Verdict(tone, headline, _sentence("Gold", gold, STYLES["gold"]), _further(evaluation), _warnings(evaluation))
-    witness = measure(evaluation.get("witness"))
-    if witness:
-        # never "good": on one base the witness can be fooled by what fools the reward (docs/overoptimisation.md)
-        words = {1: ("unclear", "The held-out judge rose."), -1: ("bad", "The held-out judge fell."), 0: ("unclear", "No clear change.")}
-        tone, headline = words[witness.sure]
-        sentence = _sentence("Held-out judge", witness, STYLES["witness"])
-        caution = "No true score is known here. The witness learned from other pairs than the reward, on the same base: it can err with it."
-        return Verdict(tone, headline, sentence, [caution, *_further(evaluation)], _warnings(evaluation))
-    if not reward:
+    """Whether training helped by the primary metric, with its interval. None when there is no evaluation."""
+    named = evaluation.get("primary")
+    named = named if isinstance(named, str) and named in STYLES else None
+    wanted = (*([named] if named else []), *_FALLBACK)
+    name = next((one for one in wanted if measure(evaluation.get(one))), None)
+    one = measure(evaluation.get(name)) if name else None
+    if name is None or one is None:
         return None
-    words = {1: ("unclear", "The reward rose."), -1: ("bad", "The reward fell."), 0: ("unclear", "No clear change.")}
-    tone, headline = words[reward.sure]
-    sentence = _sentence("Reward", reward, STYLES["reward"])
-    caution = (
-        "No independent score is known here: this is the reward that training maximised, so a rise alone is no proof of better replies."
+    judge = _judged_by(name, evaluation)
+    tone, headline = _words(name, judge, one.sure * STYLES[name].better)
+    missing = [f"{STYLES[named].title}, by which this run was to be judged, was not measured."] if named and name != named else []
+    further = [*([_CAUTIONS[judge]] if judge in _CAUTIONS else []), *_further(evaluation)]
+    return Verdict(
+        tone, headline, _sentence(_TITLES.get(name, STYLES[name].title), one, STYLES[name]), further, [*missing, *_warnings(evaluation)]
     )
-    return Verdict(tone, headline, sentence, [caution, *_further(evaluation)], _warnings(evaluation))
+
+
+_TITLES = {"gold": "Gold", "witness": "Held-out judge", "reward": "Reward", "win_rate": "Win rate", "win_rate_chosen": "Win rate, dataset"}
+
+
+def _judged_by(name: str, evaluation: Mapping[str, Any]) -> str:
+    """Whose word a metric is: a win rate is its judge's."""
+    data = evaluation[name]
+    return str(data.get("judge", "unknown")) if name.startswith("win_rate") else name
+
+
+def _words(name: str, judge: str, change: int) -> tuple[str, str]:
+    """Tone and headline. What a judge says that can be fooled is never "good" (docs/overoptimisation.md)."""
+    if not change:
+        return "unclear", "No clear change."
+    if judge == "gold" or name in _RULES:
+        return ("good", "Better.") if change > 0 else ("bad", "Worse.")
+    title = {"witness": "The held-out judge", "reward": "The reward"}.get(name, f"The {STYLES[name].title}")
+    return ("unclear", f"{title} rose.") if change > 0 else ("bad", f"{title} fell.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,6 +202,7 @@ CHANGES: dict[str, Change] = {
     "data.holdout": Change(0.6, data_count("prompts_held_out")),
     "data.strict": Change(True, None),
     "evaluation.num_prompts": Change(3, evaluated("reward"), EVALUATED),
+    "evaluation.primary": Change("win_rate", lambda run: run.evaluation["primary"], EVALUATED),
     "evaluation.num_completions": Change(2, evaluated("reward"), EVALUATED),
 }
 

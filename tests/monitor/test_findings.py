@@ -35,7 +35,7 @@ def test_without_gold_a_rising_reward_is_not_called_better() -> None:
     found = verdict({"reward": metric(0.1, 0.9, 0.7, 0.9)})
     assert found is not None
     assert (found.tone, found.headline) == ("unclear", "The reward rose.")
-    assert "no proof of better replies" in found.further[0]
+    assert "proves no better replies" in found.further[0]
     assert verdict({}) is None
 
 
@@ -46,6 +46,26 @@ def test_without_gold_the_witness_speaks_and_is_not_taken_for_the_truth() -> Non
         assert found is not None
         assert (found.tone, found.headline) == (tone, headline)
         assert "can err with it" in found.further[0]
+
+
+def test_the_verdict_is_about_the_metric_that_was_named_before_the_run() -> None:
+    gold, win = metric(0.3, 0.4, 0.05, 0.15), metric(0.5, 0.4, -0.15, -0.05)
+    found = verdict({"primary": "win_rate", "gold": gold, "win_rate": win | {"judge": "gold"}})
+    assert found is not None
+    assert (found.tone, found.headline) == ("bad", "Worse.")
+    assert found.sentence.startswith("Win rate 50")
+    # a win rate that a judge gives who can be fooled is not the truth
+    for judge, tone in (("witness", "unclear"), ("reward", "unclear"), ("gold", "good")):
+        found = verdict({"primary": "win_rate", "win_rate": metric(0.5, 0.7, 0.1, 0.3) | {"judge": judge}})
+        assert found is not None
+        assert found.tone == tone
+    refusals = verdict({"primary": "refusal_benign", "reward": gold, "refusal_benign": metric(0.1, 0.3, 0.1, 0.3)})
+    assert refusals is not None
+    assert (refusals.tone, refusals.headline) == ("bad", "Worse.")
+    missing = verdict({"primary": "win_rate_chosen", "gold": gold})
+    assert missing is not None
+    assert missing.headline == "Better."
+    assert missing.warnings[0] == "win rate, dataset, by which this run was to be judged, was not measured."
 
 
 def test_win_rates_are_told_at_equal_length_too() -> None:
