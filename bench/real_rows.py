@@ -31,7 +31,7 @@ DOCUMENT = WrittenPart(
 COMMON = ("reward_model.per_source=true", "witness.share=0", "data.holdout=0.2")
 MINIATURE = ("reward_model.max_length=512", "max_prompt_length=384", "reward_model.batch_size=32", "reward_model.max_pairs=null")
 SHAPE_270M = ("reward_model.max_length=320", "max_prompt_length=256", "max_completion_length=16", "reward_model.batch_size=8")
-LETTERS_270M, ROWS_270M = 260, 300
+LETTERS_270M, ROWS_270M = 260, 120
 """The 270m shape reads rows of at most so many letters a side, a letter a token, and so many of them: minutes on two cores, not hours."""
 ACCURACIES = {
     "accuracy": "reward adapters, all pairs",

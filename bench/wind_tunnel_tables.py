@@ -94,13 +94,15 @@ def promises(runs: Sequence[Run]) -> str:
     watched = healthy(runs)
     if watched:
         false = [run for run in watched if any(alarm["level"] != "note" for alarm in run["alarms"])]
-        counted.append(("healthy runs with an alarm", f"{len(false)} of {len(watched)}"))
+        close = sum(run["variant"] in CLOSELY for run in watched)
+        counted.append((f"healthy runs with an alarm ({close} of them looked at after every step)", f"{len(false)} of {len(watched)}"))
     return "| | found |\n|---|---|\n" + "".join(f"| {what} | {found} |\n" for what, found in counted)
 
 
 def healthy(runs: Sequence[Run]) -> list[Run]:
-    """The restrained runs that were looked at after every step and whose gold ended no more than two points below its peak."""
-    chosen = [run for variant in CLOSELY if variant != FREE for run in of(runs, variant)]
+    """The runs that learn from preferences under some restraint, and whose gold ended no more than two points below its peak."""
+    restrained = [variant for variant in VARIANTS if not variant.startswith(FREE) and (variant not in ARMS or variant == RESTRAINED)]
+    chosen = [run for variant in restrained for run in of(runs, variant)]
     return [run for run in chosen for one in partings([run]) if 100 * one.lost <= HEALTHY]
 
 

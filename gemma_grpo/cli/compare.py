@@ -45,7 +45,7 @@ def baseline_lines(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def seed_lines(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The gain of each metric over runs that differ by their seed alone: mean, lowest and highest. Their spread is no interval of one run."""
+    """The gain of each metric over runs that differ by their seed alone: mean, lowest and highest."""
     from gemma_grpo.monitor.findings import STYLES, measure, show
 
     rows = [[f"gain over {len(evaluations)} seeds", "mean", "lowest", "highest"]]

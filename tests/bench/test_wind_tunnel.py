@@ -40,7 +40,7 @@ def test_promises_are_counted_over_the_reported_seeds() -> None:
         "| an alarm comes before gold has lost 3 points | 1 of 2 seeds |",
         "| points lost when it came | 10.5 (1.0 to 20.0) |",
         # seed 0 and the group std's; seed 1 lost more than two points, 7 and 100 are not reported
-        "| healthy runs with an alarm | 1 of 2 |",
+        "| healthy runs with an alarm (2 of them looked at after every step) | 1 of 2 |",
     ]
 
 
