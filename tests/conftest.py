@@ -208,6 +208,7 @@ def tiny_trainer(small_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
             "gradient_checkpointing": False,
             "data.holdout": 0.25,
             "evaluation.num_prompts": 0,
+            "witness.look_alikes": 0,
             "witness.every": 0,  # as with the evaluation: tests of looks ask for them
             "witness.share": 0.0,
             "judge.least_accuracy": 0.0,  # random weights judge by chance

@@ -14,6 +14,7 @@ _NAMES = {
     "reward": "reward (trained on)",
     "refusal_benign": "refusals, benign prompts",
     "refusal_harmful": "refusals, harmful prompts",
+    "refusal_looks_harmful": "refusals, harmful looks",
     "length": "length in tokens",
     "kl": "KL, nat per token",
 }
@@ -23,7 +24,7 @@ _REWARD_NAMES = {
     "accuracy_lexical": "TF-IDF on the same",
     "longer_wins": "'the longer wins'",
 }
-_SHARES = ("refusal_benign", "refusal_harmful")
+_SHARES = ("refusal_benign", "refusal_harmful", "refusal_looks_harmful")
 _WIDTH = max(map(len, _NAMES.values()))
 
 

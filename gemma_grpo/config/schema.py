@@ -190,6 +190,8 @@ class WitnessSettings(Stage):
     """Held-out prompts answered at each look, always the same and with the same random numbers."""
     num_completions: Count = 1
     """Replies to each of them."""
+    look_alikes: Whole = 16
+    """Bundled harmless requests that only look harmful, asked beside them where the data have none: are they refused? 0 asks none."""
     stop_on_alert: bool = False
     """Ends the run at an alarm of the highest level; the best adapter by witness is kept in any case."""
 
@@ -256,7 +258,10 @@ class EvaluationSettings(Stage):
     """Held-out prompts sampled with and without the adapter; 0 skips the evaluation."""
     num_completions: Count = 1
     """Completions of each held-out prompt."""
-    primary: Literal["gold", "witness", "win_rate", "win_rate_chosen", "reward", "refusal_harmful", "refusal_benign"] | None = None
+    primary: (
+        Literal["gold", "witness", "win_rate", "win_rate_chosen", "reward", "refusal_harmful", "refusal_looks_harmful", "refusal_benign"]
+        | None
+    ) = None
     """What the run is judged by, named before it begins; null: gold where it is known, else the held-out judge, else the reward."""
 
 

@@ -5,6 +5,7 @@ from gemma_grpo.evaluation.before_after import (
     higher_score,
     is_harmful,
     looks_harmful,
+    refusals,
     summarise,
     swapped_preference,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "length_controlled",
     "looks_harmful",
     "percentile_levels",
+    "refusals",
     "summarise",
     "swapped_preference",
 ]

@@ -13,11 +13,12 @@ from itertools import islice, zip_longest
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemma_grpo.evaluation.intervals import bootstrap_intervals, ratios
 from gemma_grpo.evaluation.win_rate import length_controlled
 from gemma_grpo.reward.rules import is_refusal
-from gemma_grpo.types import Completion, Prompt
+from gemma_grpo.types import Completion, Prompt, RolloutGroup
 
 Reply = TypeVar("Reply")
 Prefer = Callable[[Prompt, Reply, Reply], float]
@@ -70,6 +71,7 @@ def summarise(
     known = [index for index in everything if _gold(replies[index]) is not None]
     harmful = [index for index in everything if is_harmful(replies[index].prompt)]
     benign = [index for index in everything if not is_harmful(replies[index].prompt)]
+    look_alikes = [index for index in benign if looks_harmful(replies[index].prompt)]
 
     result = table.metrics(["gold"], known) if known else {}
     if all(_witness(reply) is not None for reply in replies):
@@ -82,12 +84,26 @@ def summarise(
     result["win_rate"] |= {"judge": judge, "length_controlled": controlled}
     result["refusal_harmful"] = table.metrics(["refusal"], harmful)["refusal"]
     result["refusal_benign"] = table.metrics(["refusal"], benign)["refusal"]
+    if look_alikes:
+        result["refusal_looks_harmful"] = table.metrics(["refusal"], look_alikes)["refusal"]
     return {
         **result,
         "by_kind": {kind: _one_kind(table, chosen, known) for kind, chosen in _by_kind(replies).items()},
         "samples": _samples(replies),
         "conversations": len({reply.prompt.conversation_id for reply in replies}),
     }
+
+
+def refusals(before: Sequence[RolloutGroup], after: Sequence[RolloutGroup], *, seed: int, resamples: int = 10_000) -> dict[str, Any]:
+    """The share of replies that refuse, before and after, as a metric of evaluation.json; for prompts that nobody scores."""
+    rows = [
+        (one.prompt.conversation_id, (is_refusal(first.text), 1, is_refusal(second.text), 1))
+        for one, other in zip(before, after, strict=True)
+        for first, second in zip(one.completions, other.completions, strict=True)
+    ]
+    return _statistics(
+        [name for name, _ in rows], np.asarray([[sums] for _, sums in rows], dtype=np.float64), ["refusal"], seed, resamples
+    )["refusal"]
 
 
 def swapped_preference(prefer: Prefer[Reply], prompt: Prompt, first: Reply, second: Reply) -> float:
@@ -142,18 +158,25 @@ class _Table:
             return {name: {"before": None, "after": None, "gain": None, "interval": None, "n": 0} for name in names}
         index = np.asarray(chosen)
         sums = np.stack([self._columns[name][index] for name in names], axis=1)  # (items, metrics, 4)
-        before, after = ratios(sums.sum(axis=0))
-        intervals = bootstrap_intervals(list(self._clusters[index]), sums, seed=self._seed, resamples=self._resamples)
-        return {
-            name: {
-                "before": float(before[k]),
-                "after": float(after[k]),
-                "gain": float(after[k] - before[k]),
-                "interval": None if intervals is None else [float(end) for end in intervals[k]],
-                "n": len(chosen),
-            }
-            for k, name in enumerate(names)
+        return _statistics(list(self._clusters[index]), sums, names, self._seed, self._resamples)
+
+
+def _statistics(
+    clusters: Sequence[str], sums: NDArray[np.float64], names: Sequence[str], seed: int, resamples: int
+) -> dict[str, dict[str, Any]]:
+    """Metrics from sums of (items, metrics, 4): numerator and denominator before, and after."""
+    before, after = ratios(sums.sum(axis=0))
+    intervals = bootstrap_intervals(clusters, sums, seed=seed, resamples=resamples)
+    return {
+        name: {
+            "before": float(before[k]),
+            "after": float(after[k]),
+            "gain": float(after[k] - before[k]),
+            "interval": None if intervals is None else [float(end) for end in intervals[k]],
+            "n": len(sums),
         }
+        for k, name in enumerate(names)
+    }
 
 
 def _row(reply: EvaluatedReply, win: float, against_chosen: tuple[float, float] | None) -> dict[str, tuple[float, float, float, float]]:

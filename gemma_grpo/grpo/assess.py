@@ -18,7 +18,7 @@ from gemma_grpo.config import GRPOConfig
 from gemma_grpo.data.batch import pad_rollouts
 from gemma_grpo.data.chat import reply_ids
 from gemma_grpo.data.prompts import EncodedPair
-from gemma_grpo.evaluation import EvaluatedReply, summarise
+from gemma_grpo.evaluation import EvaluatedReply, refusals, summarise
 from gemma_grpo.grpo.setup import Gold, TrainingData
 from gemma_grpo.grpo.step import reference_logprobs, role_logprobs, sampling_params
 from gemma_grpo.model.gemma import REFERENCE, Gemma
@@ -177,6 +177,14 @@ def evaluate_policy(
     before, after = (evaluation_samples(engine, chosen, config, role) for role in _ROLES)
     with judge.keeping_logprobs(after, temperature=config.temperature) if judge is not None else nullcontext():
         return compare(model, scorers, chosen, (before, after), lambda: sequence_kl(model, after, config, judge=judge), config)
+
+
+def evaluate_refusals(engine: RolloutEngine, prompts: Sequence[Prompt], config: GRPOConfig, role: str = "policy") -> dict[str, Any]:
+    """How many of the bundled look-alikes are refused, before and after: the metric refusal_looks_harmful; empty without any."""
+    if not prompts:
+        return {}
+    before, after = (evaluation_samples(engine, prompts, config, one) for one in ("reference", role))
+    return {"refusal_looks_harmful": refusals(before, after, seed=config.seed)}
 
 
 def compare(

@@ -14,7 +14,7 @@ from typing import Any
 from gemma_grpo.checkpoint import saving
 from gemma_grpo.config import GRPOConfig
 from gemma_grpo.evaluation import best_of_n_kl
-from gemma_grpo.grpo.assess import EVALUATION_STEP, Scorers, compare, evaluation_samples, sample_in_chunks, sequence_kl
+from gemma_grpo.grpo.assess import EVALUATION_STEP, Scorers, compare, evaluate_refusals, evaluation_samples, sample_in_chunks, sequence_kl
 from gemma_grpo.grpo.setup import TrainingData
 from gemma_grpo.grpo.step import sampling_params
 from gemma_grpo.model.gemma import Gemma
@@ -26,7 +26,18 @@ from gemma_grpo.types import RolloutGroup
 
 BEST_OF = (4, 16)
 DPO, SFT = "dpo", "sft"
-KEPT = ("gold", "witness", "reward", "win_rate", "win_rate_chosen", "kl_sequence", "length", "refusal_harmful", "refusal_benign")
+KEPT = (
+    "gold",
+    "witness",
+    "reward",
+    "win_rate",
+    "win_rate_chosen",
+    "kl_sequence",
+    "length",
+    "refusal_harmful",
+    "refusal_benign",
+    "refusal_looks_harmful",
+)
 """Of a summary: the numbers, and not the samples."""
 
 
@@ -53,6 +64,7 @@ class Baselines:
             self._train(name)
             after = evaluation_samples(self.engine, self.prompts, self.config, name)
             found[name.upper()] = self._compared(before, after, partial(sequence_kl, self.model, after, self.config, name))
+            found[name.upper()] |= evaluate_refusals(self.engine, self.data.look_alikes, self.config, name)
         return found
 
     def _train(self, name: str) -> None:

@@ -16,6 +16,7 @@ from gemma_grpo.config import GRPOConfig
 from gemma_grpo.data.batch import pad_rollouts
 from gemma_grpo.evaluation import is_harmful, looks_harmful
 from gemma_grpo.grpo.assess import Scorers, sample_in_chunks
+from gemma_grpo.grpo.setup import TrainingData
 from gemma_grpo.grpo.step import role_logprobs, sampling_params
 from gemma_grpo.model.adapters import write_adapter
 from gemma_grpo.model.gemma import REFERENCE, Gemma
@@ -39,11 +40,11 @@ class Lookout:
         model: Gemma,
         engine: RolloutEngine,
         scorers: Scorers,
-        prompts: Sequence[Prompt],
+        data: TrainingData,
         config: GRPOConfig,
     ) -> None:
         self.run, self.model, self.engine, self.scorers, self.config = run, model, engine, scorers, config
-        self.prompts = list(prompts[: config.witness.num_prompts])
+        self.prompts, self.look_alikes = list(data.held_out_prompts[: config.witness.num_prompts]), list(data.look_alikes)
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether `step` finished steps call for a look that was not taken yet: at the start, every so often, and at the end."""
@@ -64,7 +65,8 @@ class Lookout:
         """Answer the prompts, score and log the answers; what is alarming about them, compared with the looks before."""
         started = time.perf_counter()
         params = sampling_params(self.config, LOOK_STEP, num_generations=self.config.witness.num_completions)
-        groups = sample_in_chunks(self.engine, self.prompts, params, self.config.completions_per_step)
+        asked = [*self.prompts, *self.look_alikes]
+        groups = sample_in_chunks(self.engine, asked, params, self.config.completions_per_step)
         replies = self._replies(groups, step)
         metrics = look_metrics(replies)
         now = {"step": step, "metrics": metrics, "replies": replies}
@@ -79,7 +81,8 @@ class Lookout:
 
     def _replies(self, groups: Sequence[RolloutGroup], step: int) -> list[dict[str, Any]]:
         """Every reply with what is known of it; at step 0 with its prompt, which is the same at every later look."""
-        scores, _ = self.scorers.score(groups)
+        scores, _ = self.scorers.score(groups[: len(self.prompts)])
+        scores += [[{} for _ in group.completions] for group in groups[len(self.prompts) :]]  # no reward may know what to make of these
         batch = pad_rollouts(groups).to(self.model.device)
         logprobs = role_logprobs(self.model, batch, REFERENCE, temperature=self.config.temperature)
         reference, oddest = logprobs.sum(-1).tolist(), logprobs.amin(-1).tolist()  # padding is 0, and no log-probability is above

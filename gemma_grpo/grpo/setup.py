@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from gemma_grpo.config import GRPOConfig
 from gemma_grpo.data.chat import reply_ids
 from gemma_grpo.data.hh_rlhf import LoadedPairs, load_hh_rlhf
+from gemma_grpo.data.look_alikes import look_alike_prompts
 from gemma_grpo.data.prompts import (
     EncodedPair,
     LoadedPrompts,
@@ -20,6 +21,7 @@ from gemma_grpo.data.prompts import (
     split_by_conversation,
 )
 from gemma_grpo.data.sources import DataError
+from gemma_grpo.evaluation import looks_harmful
 from gemma_grpo.grpo.step import sampling_params
 from gemma_grpo.miniature.world import gold_score, sample_pairs
 from gemma_grpo.model.gemma import Gemma
@@ -59,6 +61,8 @@ class TrainingData:
     held_out_pairs: Sequence[EncodedPair]
     witness_pairs: Sequence[EncodedPair]
     """Of the training side too, but for the witness alone."""
+    look_alikes: Sequence[Prompt]
+    """Bundled requests that only look harmful, where the data have none: asked, never trained on, never scored."""
     counts: Mapping[str, Any]
     """What was read, kept and dropped, and why: shown, and kept in run.json."""
 
@@ -121,7 +125,9 @@ def build_training_data(rows: Rows, model: Gemma, config: GRPOConfig) -> Trainin
         )
     train = train[: config.data.max_prompts]
     counts |= {"prompts_train": len(train), "prompts_held_out": len(held_out)}
-    return TrainingData(train, held_out, *pairs, counts)
+    own = any(looks_harmful(prompt) for prompt in built.prompts)
+    asked = () if own else look_alike_prompts(model.tokenizer, config.witness.look_alikes, config.max_prompt_length)
+    return TrainingData(train, held_out, *pairs, asked, counts)
 
 
 def _build_pairs(

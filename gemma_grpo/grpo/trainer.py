@@ -18,7 +18,7 @@ from gemma_grpo.config import build_config, load_recipe
 from gemma_grpo.data.prompts import order
 from gemma_grpo.evaluation import frontier_report
 from gemma_grpo.grpo import resuming
-from gemma_grpo.grpo.assess import Scorers, evaluate_policy, judge_warnings
+from gemma_grpo.grpo.assess import Scorers, evaluate_policy, evaluate_refusals, judge_warnings
 from gemma_grpo.grpo.baselines import Baselines
 from gemma_grpo.grpo.explain import CUT_OFF_STEPS, NoSignalError, never_stops, no_signal, step_warnings
 from gemma_grpo.grpo.gates import REMEDY, failing, gate_report, gate_warning
@@ -161,6 +161,7 @@ class GRPOTrainer(Preparation):
             result = evaluate_policy(self.model, self.engine, scorers, prompts, self.config, judge=self.stepper.judge)
         if result:
             self._warn(*result.pop("warnings"))
+            result |= evaluate_refusals(self.engine, self.data.look_alikes, self.config)
             if baselines:
                 given = (self.run, self.model, self.engine, scorers, self.data, self.config)
                 result["baselines"] = Baselines(*given).measure(lambda text: self.view.phase("baseline", text))
@@ -303,7 +304,7 @@ class GRPOTrainer(Preparation):
         self.stepper = Stepper(self.model, self.engine, self.rewards, self.updater, self.config, judge=judge, clock=clock)
         self.keeper = Keeper(self.run, self.config, self.stepper, self.judges.files() if self.judges.known else ())
         scorers = Scorers(self.rewards, self.judges.witness(), known_gold(self._dataset), lexical_witness(self.data))
-        self.lookout = Lookout(self.run, self.model, self.engine, scorers, self.data.held_out_prompts, self.config)
+        self.lookout = Lookout(self.run, self.model, self.engine, scorers, self.data, self.config)
 
     def _gated(self, judge: ZeroShotJudge | None) -> dict[str, float]:
         """The weights, 0 for judges of the untouched model that are not good enough on the held-out pairs. Raises ValueError where no

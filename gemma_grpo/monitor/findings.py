@@ -53,6 +53,7 @@ STYLES = {
     "kl_sequence": Style("KL per reply", 2, 0, "nat, to the untouched model"),
     "length": Style("length", 1, 0, "tokens"),
     "refusal_harmful": Style("refuses harmful requests", 0, 1, "share of replies", percent=True),
+    "refusal_looks_harmful": Style("refuses what only looks harmful", 0, -1, "share of replies; nothing scores them", percent=True),
     "refusal_benign": Style("refuses benign requests", 0, -1, "share of replies", percent=True),
 }
 
@@ -114,7 +115,7 @@ def show_interval(one: Measure, style: Style) -> str:
 
 _FALLBACK = ("gold", "witness", "reward")
 """What a run is judged by where evaluation.primary names nothing: the first that was measured."""
-_RULES = ("refusal_harmful", "refusal_benign")
+_RULES = ("refusal_harmful", "refusal_looks_harmful", "refusal_benign")
 _CAUTIONS = {
     "witness": "No true score is known here. The witness learned from other pairs than the reward, on the same base: it can err with it.",
     "reward": "No independent score is known here: this is the reward that training maximised, so a rise alone proves no better replies.",

@@ -188,6 +188,7 @@ CHANGES: dict[str, Change] = {
     "witness.every": Change(1, lambda run: [look["step"] for look in looks(run)], {"witness.every": 0}),
     "witness.num_prompts": Change(2, lambda run: len(looks(run)[0]["replies"]), WATCHED),
     "witness.num_completions": Change(2, lambda run: len(looks(run)[0]["replies"]), WATCHED),
+    "witness.look_alikes": Change(3, lambda run: len(looks(run)[0]["replies"]), WATCHED),
     "witness.stop_on_alert": Change(True, None),
     "reward_function.timeout": Change(60.0, None),
     "reward_function.on_failure": Change("skip", None),
