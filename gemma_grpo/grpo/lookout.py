@@ -29,6 +29,10 @@ from gemma_grpo.types import Completion, Prompt, RolloutGroup
 LOOK_STEP = -2
 """Sampling counter of a look: neither training nor the evaluation draws the same numbers."""
 BEST = "best"
+STRAYED = 0.3
+"""Nats per token from which a reply counts as one that the untouched model would hardly give. Where a reward is gamed a few replies go so
+far long before their mean does; kl.ref_target allows the mean 0.05 (docs/overoptimisation.md).
+"""
 
 
 class Lookout:
@@ -93,8 +97,8 @@ class Lookout:
                 scored = dict(scores[n][g])
                 kl = sum(completion.sampling_logprobs) - reference[n][g]
                 measured = {"proxy": scored.pop("reward", None), **scored, "kl": kl}
-                measured["oddest"] = oddest[n][g]
-                measured["fluency"] = reference[n][g] / max(1, len(completion.token_ids))
+                length = max(1, len(completion.token_ids))
+                measured |= {"oddest": oddest[n][g], "fluency": reference[n][g] / length, "strayed": kl > STRAYED * length}
                 found.append(_reply(group.prompt, completion) | measured | ({"prompt": prompt} if prompt else {}))
         return found
 
@@ -129,6 +133,7 @@ def look_metrics(replies: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         "clipped": statistics.fmean(reply["clipped"] for reply in replies),
         "kl": sum(reply["kl"] for reply in replies) / max(1, sum(lengths)),
         "kl_sequence": statistics.fmean(reply["kl"] for reply in replies),
+        "strayed": statistics.fmean(reply["strayed"] for reply in replies),
         "distinct_2": distinct_n(texts, 2),
     }
     for name in ("proxy", "witness", "lexical", "gold", "fluency", "oddest"):

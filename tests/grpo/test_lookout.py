@@ -47,10 +47,15 @@ def test_every_look_answers_the_same_held_out_prompts_and_says_what_is_known(tra
 
 
 def test_numbers_of_a_look_are_the_means_of_its_replies(train_tiny) -> None:
-    for look in train_tiny(**LOOKING, **TRAINED).lines("witnesses.jsonl"):
+    looks = train_tiny(**LOOKING, **TRAINED, learning_rate=0.1, **{"kl.step_limit": None}).lines("witnesses.jsonl")
+    assert len({look["metrics"]["strayed"] for look in looks}) > 1
+    for look in looks:
         replies, metrics = look["replies"], look["metrics"]
         for name in ("proxy", "witness", "length", "fluency"):
             assert metrics[name] == pytest.approx(sum(reply[name] for reply in replies) / 3)
+        for reply in replies:
+            assert reply["strayed"] == (reply["kl"] / reply["length"] > 0.3)
+        assert metrics["strayed"] == pytest.approx(sum(reply["strayed"] for reply in replies) / 3)
         assert metrics["kl"] == pytest.approx(sum(reply["kl"] for reply in replies) / sum(reply["length"] for reply in replies))
 
 

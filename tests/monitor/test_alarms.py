@@ -43,6 +43,18 @@ def test_a_reward_that_rises_while_the_witness_falls_is_told_with_both_numbers_a
     assert set(alarm.samples) <= {f"p{n}" for n in range(REPLIES)}
 
 
+def test_what_no_reward_scores_is_told_with_its_own_prompts() -> None:
+    # the bundled look-alikes: refused or not, and without a reward
+    looks = []
+    for step, refused in ((0, False), (5, True)):
+        one = look(step, proxy=0.1 * step)
+        asked = [{"prompt_id": f"q{n}", "kind": "looks_harmful", "refused": refused and n < 6} for n in range(8)]
+        looks.append({**one, "replies": [*one["replies"], *asked]})
+    (alarm,) = new_alarms(looks[:1], looks[1])
+    assert (alarm.witness, alarm.level) == ("refused/looks_harmful", "alert")
+    assert alarm.samples == ("q0", "q1")
+
+
 def test_half_the_least_fall_is_noted_and_two_notes_are_no_warning() -> None:
     then = look(0, proxy=0.0, witness=0.4, lexical=0.2)
     alarms = new_alarms([then], look(5, proxy=0.9, witness=0.37, lexical=0.17))
