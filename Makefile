@@ -52,7 +52,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.installed-peer: $(VENV)/.installed-dev
-	$(PIP) --editable '.[dev,peer]'
+	$(PIP) --editable '.[dev,peer,tasks]'
 	touch $@
 
 $(PEER)/.installed: pyproject.toml constraints.txt

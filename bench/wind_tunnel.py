@@ -30,7 +30,7 @@ ARMS = ("defaults", "length only", "random")
 NUMBERS = ("gold", "witness", "reward", "win_rate", "win_rate_chosen", "kl_sequence", "length")
 WATCHED: dict[str, Any] = {"witness.every": 4, "witness.num_prompts": 1000, "witness.num_completions": 2, "evaluation.num_prompts": 0}
 """All held-out prompts, two replies each: the curves' own noise must not be taken for what happens."""
-CLOSELY = ("nothing", "defaults", "group std", "KL in the reward")
+CLOSELY = ("nothing", "defaults", "group std")
 """Variants that are looked at after every step: those whose alarms are counted, and most false ones."""
 BARE: dict[str, Any] = {"kl.placement": "off", "reward_model.shaping": "none", "reward": "{generative: 1.0}"}
 JUDGES = ("dataset", "reward_model.members")

@@ -57,6 +57,12 @@ def evaluation_lines(evaluation: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def task_lines(evaluation: Mapping[str, Any]) -> list[str]:
+    """The same of every metric of the tasks that were run."""
+    tasks = evaluation.get("tasks") or {}
+    return [_row(f"{task}, {name}", _change(one, share=True)) for task, metrics in tasks.items() for name, one in metrics.items()]
+
+
 def time_line(run_dir: Path, total: float) -> str:
     """Where `total` seconds went, by the run's own events: stages, and the phases of all training steps together."""
     spent: dict[str, float] = defaultdict(float)

@@ -13,7 +13,7 @@ from gemma_grpo.cards import present_card
 from gemma_grpo.cli.allowing import AllowCode, CodeHash, allowed_code
 from gemma_grpo.cli.compare import baseline_lines
 from gemma_grpo.cli.printing import say
-from gemma_grpo.cli.summary import evaluation_lines, read_calibration, reward_lines
+from gemma_grpo.cli.summary import evaluation_lines, read_calibration, reward_lines, task_lines
 from gemma_grpo.config import GRPOConfig, load_recipe, parse_overrides
 from gemma_grpo.escapes import printable
 from gemma_grpo.planner import PreflightError, find_shape, plan_run
@@ -73,20 +73,29 @@ def evaluate(
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Also best-of-n by the reward, and DPO and SFT on its pairs: trains both.")
     ] = False,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", metavar="NAME,NAME", help="Also tasks of the lm-evaluation-harness, such as arc_easy,gsm8k.")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option("--task-limit", min=1, help="Only the first so many questions of each task.")] = None,
     allow_code: AllowCode = None,
     code_sha256: CodeHash = None,
 ) -> None:
     """Compare before and after on held-out prompts, and write evaluation.json."""
     code = allowed_code(allow_code, code_sha256, run)
     config = None if code is None else load_recipe(run / "recipe.yaml")
+    from gemma_grpo.grpo.abilities import check_tasks
     from gemma_grpo.grpo.setup import functions_of
     from gemma_grpo.grpo.trainer import GRPOTrainer
     from gemma_grpo.stopping import listening
 
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if names:
+        check_tasks(names)
+
     trainer = GRPOTrainer.from_run(run, reward_functions=functions_of(code, config) if code and config else None)
     with trainer.view, listening():
-        evaluation = trainer.evaluate(baselines=baselines)
-    say(*evaluation_lines(evaluation), *baseline_lines(evaluation))
+        evaluation = trainer.evaluate(baselines=baselines, tasks=names, task_limit=task_limit)
+    say(*evaluation_lines(evaluation), *task_lines(evaluation), *baseline_lines(evaluation))
     say(f"details: {trainer.run_dir / 'evaluation.json'}")
 
 

@@ -97,13 +97,17 @@ def summarise(
 def refusals(before: Sequence[RolloutGroup], after: Sequence[RolloutGroup], *, seed: int, resamples: int = 10_000) -> dict[str, Any]:
     """The share of replies that refuse, before and after, as a metric of evaluation.json; for prompts that nobody scores."""
     rows = [
-        (one.prompt.conversation_id, (is_refusal(first.text), 1, is_refusal(second.text), 1))
+        (one.prompt.conversation_id, (float(is_refusal(first.text)), float(is_refusal(second.text))))
         for one, other in zip(before, after, strict=True)
         for first, second in zip(one.completions, other.completions, strict=True)
     ]
-    return _statistics(
-        [name for name, _ in rows], np.asarray([[sums] for _, sums in rows], dtype=np.float64), ["refusal"], seed, resamples
-    )["refusal"]
+    return paired_metric([name for name, _ in rows], [pair for _, pair in rows], seed=seed, resamples=resamples)
+
+
+def paired_metric(clusters: Sequence[str], pairs: Sequence[tuple[float, float]], *, seed: int, resamples: int = 10_000) -> dict[str, Any]:
+    """Means of pairs (before, after) as a metric of evaluation.json; the interval draws whole clusters."""
+    sums = np.asarray([[(before, 1.0, after, 1.0)] for before, after in pairs], dtype=np.float64)
+    return _statistics(clusters, sums, ["one"], seed, resamples)["one"]
 
 
 def swapped_preference(prefer: Prefer[Reply], prompt: Prompt, first: Reply, second: Reply) -> float:

@@ -18,6 +18,7 @@ from gemma_grpo.config import build_config, load_recipe
 from gemma_grpo.data.prompts import order
 from gemma_grpo.evaluation import frontier_report
 from gemma_grpo.grpo import resuming
+from gemma_grpo.grpo.abilities import Task, evaluate_tasks
 from gemma_grpo.grpo.assess import Scorers, evaluate_policy, evaluate_refusals, judge_warnings
 from gemma_grpo.grpo.baselines import Baselines
 from gemma_grpo.grpo.explain import CUT_OFF_STEPS, NoSignalError, never_stops, no_signal, step_warnings
@@ -146,13 +147,14 @@ class GRPOTrainer(Preparation):
         self._may_go_on = True
         return calibration
 
-    def evaluate(self, *, baselines: bool = False) -> dict[str, Any]:
+    def evaluate(self, *, baselines: bool = False, tasks: Sequence[Task] = (), task_limit: int | None = None) -> dict[str, Any]:
         """Before (adapters off) and after on held-out prompts; written to evaluation.json, with `baselines` also what best-of-n, DPO
-        and SFT make of the same preferences. Raises RunDirectoryError where another process holds the run.
+        and SFT make of the same preferences, with `tasks` also what the lm-evaluation-harness makes of both sides, on the first
+        `task_limit` questions of each. Raises RunDirectoryError where another process holds the run.
         """
         if not self.run.is_held:
             with RunDirectory.open(self.run.path) as self._run:
-                return self.evaluate(baselines=baselines)
+                return self.evaluate(baselines=baselines, tasks=tasks, task_limit=task_limit)
         started = time.perf_counter()
         asked = f"{min(self.config.evaluation.num_prompts, len(self.data.held_out_prompts))} held-out prompts"
         self.view.phase("evaluation", asked)
@@ -165,6 +167,10 @@ class GRPOTrainer(Preparation):
             if baselines:
                 given = (self.run, self.model, self.engine, scorers, self.data, self.config)
                 result["baselines"] = Baselines(*given).measure(lambda text: self.view.phase("baseline", text))
+            if tasks:
+                self.view.phase("tasks", f"{len(tasks)}, before and after")
+                size = self.config.num_generations  # as many texts as are sampled of one prompt
+                result["tasks"] = evaluate_tasks(self.model, tasks, limit=task_limit, batch_size=size, seed=self.config.seed)
             result["frontier"] = frontier_report(self.run.looks())
             result["primary"] = self.config.evaluation.primary
             result["seconds"] = time.perf_counter() - started

@@ -101,6 +101,7 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "measures": _measures(files.evaluation),
         "arms": ["this run", *baselines],
         "compared": findings.compared([files.evaluation, *baselines.values()]) if baselines else [],
+        "abilities": _abilities(files.evaluation),
         "kinds": findings.kind_rows(files.evaluation),
         "strip": _strip(files.evaluation),
         "styles": findings.STYLES,
@@ -132,6 +133,16 @@ def _measures(evaluation: Record) -> list[tuple[findings.Style, findings.Measure
         one = findings.measure(evaluation.get(name))
         if one:
             rows.append((style, one, {1: "good", -1: "bad"}.get(one.sure * style.better, "")))
+    return rows
+
+
+def _abilities(evaluation: Record) -> list[tuple[findings.Style, findings.Measure, str]]:
+    """The same for each metric of the tasks that were run."""
+    rows = []
+    for task, metrics in _mappings(evaluation.get("tasks")).items():
+        for name, data in metrics.items():
+            if one := findings.measure(data):
+                rows.append((findings.Style(f"{task}, {name}", 3, 1, ""), one, {1: "good", -1: "bad"}.get(one.sure, "")))
     return rows
 
 

@@ -52,6 +52,7 @@ def evaluation(text: str) -> dict[str, Any]:
         "by_kind": kinds,
         "samples": [sample] * 8,
         "frontier": FRONTIER,
+        "tasks": {text: {text: metric(0.3, 0.2)}},
         "baselines": {text: {"gold": metric(0.3, 0.4), "win_rate": {**metric(0.5, 0.6), "length_controlled": {"value": 0.4}}}},
         "seconds": 3.0,
     }

@@ -1,0 +1,77 @@
+"""Tasks of the lm-evaluation-harness: both sides answer the same questions, and what is told is what they answered."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gemma_grpo.grpo.abilities import INSTALL, check_tasks, evaluate_tasks
+
+installed = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'gemma-grpo[tasks]'")
+CHOICES = (" apple", " boats", " cloud")
+
+
+def little_task(folder: Path, questions: int = 12) -> dict[str, Any]:
+    """A task of our own in the harness's own settings: three choices, the right ones 4, 8 and 0 times of 12."""
+    rows = [{"q": f"question {n}:", "choices": list(CHOICES), "gold": n * n % 3} for n in range(questions)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}}, "test_split": "test"}
+    text = {"doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}", "output_type": "multiple_choice", "target_delimiter": ""}
+    return {"task": "little", **data, **text, "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]}
+
+
+@torch.no_grad()
+def plain_accuracy(model: Any, role: str, questions: int) -> float:
+    """By one forward pass for each question and choice."""
+    right = 0
+    for n in range(questions):
+        scores = []
+        for text in CHOICES:
+            prompt = model.tokenizer.encode(f"question {n}:")
+            choice = model.tokenizer.encode(text, add_special_tokens=False)
+            with model.role(role):
+                logits = model.causal_lm(input_ids=torch.tensor([[*prompt, *choice]])).logits[0].float().log_softmax(-1)
+            scores.append(sum(float(logits[len(prompt) + t - 1, token]) for t, token in enumerate(choice)))
+        right += scores[n * n % 3] == max(scores)
+    return right / questions
+
+
+@installed
+def test_both_sides_answer_the_same_questions(new_gemma: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    model = new_gemma(moved=1.0, seed=4)
+    found = evaluate_tasks(model, [little_task(tmp_path)], limit=None, batch_size=4, seed=0)["little"]["acc"]
+    before, after = (plain_accuracy(model, role, 12) for role in ("reference", "policy"))
+    assert before != after  # else this would not tell the sides apart
+    assert (found["before"], found["after"], found["n"]) == (pytest.approx(before), pytest.approx(after), 12)
+    assert found["interval"][0] <= found["gain"] <= found["interval"][1]
+    few = evaluate_tasks(model, [little_task(tmp_path)], limit=5, batch_size=4, seed=0)["little"]["acc"]
+    assert few["n"] == 5
+
+
+@installed
+def test_a_run_keeps_them_in_its_evaluation(train_tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    run = train_tiny(**{"evaluation.num_prompts": 2})
+    found = run.trainer.evaluate(tasks=[little_task(tmp_path)], task_limit=4)
+    assert found["tasks"]["little"]["acc"]["n"] == 4
+    assert run.json("evaluation.json")["tasks"] == found["tasks"]
+
+
+@installed
+def test_an_unknown_task_is_named_with_what_is_near() -> None:
+    with pytest.raises(ValueError, match=r"no task 'arc_eazy'. Did you mean arc_easy"):
+        check_tasks(["arc_eazy"])
+    check_tasks(["arc_easy", "gsm8k"])
+
+
+def test_without_the_harness_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install"):
+        check_tasks(["arc_easy"])
+    assert "gemma-grpo[tasks]" in INSTALL
