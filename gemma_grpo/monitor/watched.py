@@ -12,6 +12,8 @@ from typing import Any
 from gemma_grpo.monitor.run_files import Record, real, records
 
 LEVELS = ("note", "warn", "alert")
+LOSS = 0.03
+"""A fall of gold from its best that counts as lost: 3 points of 100."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,8 @@ class Parting:
     """The first alarm above a note."""
     lost_at_alarm: float | None
     """How far the truth had fallen from its highest value so far when that alarm came."""
+    lost_step: int | None = None
+    """The first look at which gold was LOSS below its best so far; None where it never was, or is not known."""
 
     @property
     def lost(self) -> float:
@@ -60,13 +64,16 @@ def parting(looks: Sequence[Record]) -> Parting | None:
         return None
     peak, highest = max(points, key=lambda point: point[1])
     end, last = points[-1]
-    alarm, lost, best = None, None, -float("inf")
+    alarm, lost, best, lost_step = None, None, -float("inf"), None
     for look, value in points:
         best = max(best, value)
+        if truth == "gold" and lost_step is None and best - value >= LOSS:
+            lost_step = _step(look)
         serious = [one for one in records(look.get("alarms")) if one.get("level") in LEVELS[1:]]
         if serious and alarm is None:
             alarm, lost = serious[0], best - value
-    return Parting(truth, _step(peak), highest, _step(end), last, _metric(peak, "proxy") or 0.0, _metric(end, "proxy") or 0.0, alarm, lost)
+    proxies = [_metric(look, "proxy") or 0.0 for look in (peak, end)]
+    return Parting(truth, _step(peak), highest, _step(end), last, proxies[0], proxies[1], alarm, lost, lost_step)
 
 
 def parting_lines(found: Parting | None) -> list[str]:
@@ -83,6 +90,10 @@ def parting_lines(found: Parting | None) -> list[str]:
         where = f"step {found.alarm.get('step')}, {found.alarm.get('level')} by {found.alarm.get('witness')}"
         lost = 100 * (found.lost_at_alarm or 0.0)
         lines.append(f"The first alarm came at {where}, when {name.lower()} had lost {lost:.1f} points of 100 from its best.")
+        if found.lost_step is not None:
+            ahead = found.lost_step - int(real(found.alarm.get("step")) or 0)
+            when = f"{abs(ahead)} steps {'after' if ahead > 0 else 'before'} the alarm" if ahead else "at the alarm"
+            lines.append(f"Three points were lost by step {found.lost_step}, {when}.")
     return lines
 
 

@@ -12,7 +12,8 @@ import torch
 
 from gemma_grpo.grpo.abilities import INSTALL, check_tasks, evaluate_tasks
 
-installed = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'gemma-grpo[tasks]'")
+WHY = "lm-eval is not installed: pip install 'gemma-grpo[tasks]'"
+installed = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason=WHY)
 CHOICES = (" apple", " boats", " cloud")
 
 
@@ -21,8 +22,9 @@ def little_task(folder: Path, questions: int = 12) -> dict[str, Any]:
     rows = [{"q": f"question {n}:", "choices": list(CHOICES), "gold": n * n % 3} for n in range(questions)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}}, "test_split": "test"}
-    text = {"doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}", "output_type": "multiple_choice", "target_delimiter": ""}
-    return {"task": "little", **data, **text, "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]}
+    text = {"doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}", "target_delimiter": ""}
+    metric = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+    return {"task": "little", "output_type": "multiple_choice", **data, **text, "metric_list": [metric]}
 
 
 @torch.no_grad()

@@ -38,7 +38,10 @@ def test_the_peak_the_end_and_what_was_lost_when_the_alarm_came() -> None:
         "Gold was highest at step 4 (0.500) and ended at 0.350 (step 12).",
         "From there on the reward went on rising, from 0.400 to 0.900.",
         "The first alarm came at step 8, warn by fluency, when gold had lost 2.0 points of 100 from its best.",
+        "Three points were lost by step 12, 4 steps after the alarm.",
     ]
+    late = parting([*LOOKS[:2], look(8, 0.6, gold=0.46), look(10, 0.7, (alarm(10),), gold=0.4)])
+    assert parting_lines(late)[-1] == "Three points were lost by step 8, 2 steps before the alarm."
 
 
 def test_a_note_is_no_alarm_and_a_run_that_ends_at_its_peak_has_not_parted() -> None:
