@@ -31,7 +31,7 @@ DOCUMENT = WrittenPart(
 COMMON = ("reward_model.per_source=true", "witness.share=0", "data.holdout=0.2")
 MINIATURE = ("reward_model.max_length=512", "max_prompt_length=384", "reward_model.batch_size=32", "reward_model.max_pairs=null")
 SHAPE_270M = ("reward_model.max_length=320", "max_prompt_length=256", "max_completion_length=16", "reward_model.batch_size=8")
-LETTERS_270M, ROWS_270M = 260, 120
+LETTERS_270M, ROWS_270M = 260, 60
 """The 270m shape reads rows of at most so many letters a side, a letter a token, and so many of them: minutes on two cores, not hours."""
 ACCURACIES = {
     "accuracy": "reward adapters, all pairs",
@@ -63,6 +63,7 @@ def short(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def train(words: Sequence[str], rows: Sequence[Mapping[str, Any]], place: Path) -> dict[str, Any]:
     """One reward training from the command line; its calibration.json, and what was made of the rows."""
     place.mkdir()
+    made_by = commit()
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     given = [*words, f"dataset={place / 'rows.jsonl'}", f"output_dir={place / 'run'}", *COMMON]
     subprocess.run([sys.executable, "-m", "gemma_grpo.cli", "train-reward", *given], check=True)
@@ -72,7 +73,7 @@ def train(words: Sequence[str], rows: Sequence[Mapping[str, Any]], place: Path) 
     del data["examples"]  # rows as published: they stay where they are
     settings = [word for word in (*words, *COMMON) if not word.startswith("model_name=")]
     kept = {name: canaries[name] for name in ("prompts", "beside", "above") if name in canaries}
-    return {"settings": settings, "data": data, "calibration": calibration, "canaries": kept}
+    return {"commit": made_by, "settings": settings, "data": data, "calibration": calibration, "canaries": kept}
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -121,7 +122,7 @@ def main() -> None:
                 subprocess.run([sys.executable, "-m", "bench.random_checkpoint", "270m", str(weights)], check=True)
                 words = ["gemma3-270m", f"model_name={weights}", *SHAPE_270M]
                 results["bases"]["270m shape, random weights"] = train(words, short(rows), place)
-            head = {"machine": machine(), "commit": commit(), "versions": versions()}
+            head = {"machine": machine(), "versions": versions()}
             RESULTS.write_text(json.dumps(results | head, indent=1) + "\n", encoding="utf-8")
     DOCUMENT.write(table(results))
 

@@ -4,7 +4,7 @@ Each run trains a policy with some settings and one seed, and looks at it every 
 gold, on the same held-out prompts. The judges of a seed are trained once and shared by its variants. Runs are processes of one thread;
 a run whose line is in the result already is not made again, so a long series can be broken off.
 
-What comes out of it: bench/results/wind_tunnel.json, and the tables of docs/overoptimisation.md (`python -m bench.wind_tunnel --write`).
+What comes out of it: bench/results/wind_tunnel.json, and the tables of docs/overoptimisation.md (`python -m bench.wind_tunnel_tables`).
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ def train_judges(variant: str, seed: int, root: Path) -> Path:
 
 def run(variant: str, seed: int, steps: int, root: Path, *, baselines: bool) -> dict[str, Any]:
     """One policy, and what the looks at it saw."""
+    made_by = commit()
     folder = root / f"{variant.replace(' ', '-').replace('%', 'percent').replace(',', '')}-{seed}"
     judges = train_judges(variant, seed, root)
     given = {"reward_model.path": judges / "reward", "max_steps": steps, "output_dir": folder}
@@ -104,6 +105,8 @@ def run(variant: str, seed: int, steps: int, root: Path, *, baselines: bool) -> 
         "variant": variant,
         "seed": seed,
         "steps": steps,
+        "commit": made_by,
+        "settings": settings(variant, seed),
         "looks": [{"step": look["step"], **look["metrics"]} for look in looks],
         "alarms": [{name: event[name] for name in ("level", "step", "witness", "text")} for event in events if event["kind"] == "alarm"],
         "evaluation": {name: evaluated[name] for name in NUMBERS if name in evaluated},
@@ -130,7 +133,7 @@ def make_missing(options: argparse.Namespace, root: Path) -> None:
     """The runs that the result does not have, one variant after the other; the result is written after each."""
     root.mkdir(parents=True, exist_ok=True)
     runs: list[dict[str, Any]] = json.loads(options.out.read_text(encoding="utf-8"))["runs"] if options.out.is_file() else []
-    done = {(one["variant"], one["seed"], one["steps"]) for one in runs}
+    done = [(one["variant"], one["seed"], one["steps"], one["settings"]) for one in runs]
     wanted = [(variant, seed) for variant in options.variants for seed in options.seeds]
     of_seed = {seed: Lock() for seed in options.seeds}  # its judges are trained once
 
@@ -141,13 +144,13 @@ def make_missing(options: argparse.Namespace, root: Path) -> None:
         with writing:
             runs.append(one)
             runs.sort(key=lambda one: (list(VARIANTS).index(one["variant"]), one["seed"], one["steps"]))
-            head = {"machine": machine(), "commit": commit(), "versions": versions()}
-            options.out.write_text(json.dumps({**head, "watched": WATCHED, "runs": runs}, indent=1) + "\n", encoding="utf-8")
+            head = {"machine": machine(), "versions": versions()}
+            options.out.write_text(json.dumps({**head, "runs": runs}, indent=1) + "\n", encoding="utf-8")
         print(f"{variant}, seed {seed}: {last}", flush=True)
 
     writing = Lock()
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda one: make(*one), [one for one in wanted if (*one, options.steps) not in done]))
+        list(pool.map(lambda one: make(*one), [one for one in wanted if (*one, options.steps, settings(*one)) not in done]))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.document import WrittenPart
-from bench.wind_tunnel import ARMS, CLOSELY, RESULTS, VARIANTS, WATCHED
+from bench.wind_tunnel import ARMS, RESULTS, VARIANTS, WATCHED
 from gemma_grpo.monitor.watched import Parting, parting
 
 DOCUMENT = WrittenPart(
@@ -94,7 +94,7 @@ def promises(runs: Sequence[Run]) -> str:
     watched = healthy(runs)
     if watched:
         false = [run for run in watched if any(alarm["level"] != "note" for alarm in run["alarms"])]
-        close = sum(run["variant"] in CLOSELY for run in watched)
+        close = sum(len(run["looks"]) == run["steps"] + 1 for run in watched)
         counted.append((f"healthy runs with an alarm ({close} of them looked at after every step)", f"{len(false)} of {len(watched)}"))
     return "| | found |\n|---|---|\n" + "".join(f"| {what} | {found} |\n" for what, found in counted)
 

@@ -64,7 +64,7 @@ def differences(runs: Sequence[Path]) -> dict[str, list[Any]]:
 
 
 def settings_lines(differing: Mapping[str, Sequence[Any]]) -> list[str]:
-    """The same as lines."""
+    """The settings that differ, as lines."""
     if not differing:
         return ["the settings are the same"]
     return _aligned([[name, *(printable(str(value)) for value in values)] for name, values in differing.items()])

@@ -89,8 +89,9 @@ def evaluate(
     from gemma_grpo.stopping import listening
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    if names:
-        check_tasks(names)
+    if task_limit is not None and not names:
+        raise ValueError("--task-limit says how many questions of each task, and --tasks names none. Add --tasks NAME,NAME.")
+    check_tasks(names)
 
     trainer = GRPOTrainer.from_run(run, reward_functions=functions_of(code, config) if code and config else None)
     with trainer.view, listening():

@@ -190,7 +190,7 @@ class WitnessSettings(Stage):
     """Held-out prompts answered at each look, always the same and with the same random numbers."""
     num_completions: Count = 1
     """Replies to each of them."""
-    look_alikes: Whole = 16
+    look_alikes: Annotated[int, Field(ge=0, le=40)] = 16
     """Bundled harmless requests that only look harmful, asked beside them where the data have none: are they refused? 0 asks none."""
     stop_on_alert: bool = False
     """Ends the run at an alarm of the highest level; the best adapter by witness is kept in any case."""

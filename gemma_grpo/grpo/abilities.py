@@ -21,6 +21,8 @@ INSTALL = "Tasks are run by the lm-evaluation-harness, which is not installed: p
 
 def check_tasks(tasks: Sequence[str]) -> None:
     """Raises ValueError where the harness is missing, or does not know a name: before any model is loaded."""
+    if not tasks:
+        return
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(INSTALL)
     from lm_eval.tasks import TaskManager
@@ -33,25 +35,26 @@ def check_tasks(tasks: Sequence[str]) -> None:
 
 
 def evaluate_tasks(model: Gemma, tasks: Sequence[Task], *, limit: int | None, batch_size: int, seed: int) -> dict[str, dict[str, Any]]:
-    """Task -> metric -> {"before", "after", "gain", "interval", "n"}, over the same questions. A group such as "mmlu" gives its parts.
+    """Task -> metric -> {"before", "after", "gain", "interval", "n", "higher_is_better"}, over the same questions.
 
-    `limit` takes the first so many questions of each task. Metrics that no single question has, such as perplexities, are left out.
+    A group such as "mmlu" gives its parts, and a metric has its filter's name behind it where the task has several filters. `limit` takes
+    the first so many questions of each task. Metrics that are no mean over questions, such as perplexities, are left out.
     """
-    answers = [_answers(model, role, tasks, limit, batch_size) for role in (REFERENCE, "policy")]
+    before, after = (_run(model, role, tasks, limit, batch_size) for role in (REFERENCE, "policy"))
     found: dict[str, dict[str, Any]] = {}
-    for name, before in answers[0].items():
-        after = answers[1][name]
-        metrics = {metric for row in before.values() for metric in row}
-        for metric in sorted(metrics):
-            ids = [one for one in before if metric in before[one] and metric in after.get(one, {})]
-            pairs = [(before[one][metric], after[one][metric]) for one in ids]
-            if pairs:
-                found.setdefault(name, {})[metric] = paired_metric([str(one) for one in ids], pairs, seed=seed)
+    for name, metrics in _answers(before).items():
+        others = _answers(after)[name]
+        for metric, values in sorted(metrics.items()):
+            ids = [one for one in values if one in others.get(metric, {})]
+            pairs = [(values[one], others[metric][one]) for one in ids]
+            better = before["higher_is_better"].get(name, {}).get(metric.partition(",")[0], True)
+            measured = paired_metric([str(one) for one in ids], pairs, seed=seed)
+            found.setdefault(name, {})[metric] = {**measured, "higher_is_better": bool(better)}
     return found
 
 
-def _answers(model: Gemma, role: str, tasks: Sequence[Task], limit: int | None, batch_size: int) -> dict[str, dict[int, dict[str, float]]]:
-    """Task -> question -> metric -> value."""
+def _run(model: Gemma, role: str, tasks: Sequence[Task], limit: int | None, batch_size: int) -> Mapping[str, Any]:
+    """What the harness returns for one side."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -60,9 +63,21 @@ def _answers(model: Gemma, role: str, tasks: Sequence[Task], limit: int | None, 
             pretrained=model.causal_lm, tokenizer=model.tokenizer, backend="causal", device=str(model.device), batch_size=batch_size
         )
         result = lm_eval.simple_evaluate(model=harness, tasks=list(tasks), limit=limit, bootstrap_iters=0, log_samples=True)
-    samples: Mapping[str, Sequence[Mapping[str, Any]]] = (result or {}).get("samples", {})
-    return {name: {int(one["doc_id"]): _numbers(one) for one in rows} for name, rows in samples.items()}
+    if result is None:
+        raise RuntimeError("the lm-evaluation-harness returned no results.")
+    return dict(result)
 
 
-def _numbers(sample: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(sample[name]) for name in sample.get("metrics", ()) if isinstance(sample.get(name), bool | int | float)}
+def _answers(result: Mapping[str, Any]) -> dict[str, dict[str, dict[int, float]]]:
+    """Task -> metric -> question -> value, of the metrics that are means over questions."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for name, rows in result["samples"].items():
+        means = {one["metric"] for one in result["configs"][name]["metric_list"] if one.get("aggregation") == "mean"}
+        filters = {row["filter"] for row in rows}
+        task = found.setdefault(name, {})
+        for row in rows:
+            for metric in means.intersection(row["metrics"]):
+                if isinstance(row[metric], int | float):
+                    key = metric if len(filters) == 1 else f"{metric},{row['filter']}"
+                    task.setdefault(key, {})[int(row["doc_id"])] = float(row[metric])
+    return found

@@ -5,6 +5,7 @@ Statistics are evaluation.py's and reward/quality.py's; this file runs the model
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -77,7 +78,7 @@ def measure_judge(
     if (report["accuracy"]["value"] or 0.0) > SUSPICIOUS:
         report["leakage"] = leakage([*train, *(pair.pair for pair in data.witness_pairs)], [pair.pair for pair in held_out])
     report["canaries"] = canary_report(reward.score, prompts, model.tokenizer)
-    return report | reference_rewards(reward, engine, prompts[:REFERENCE_PROMPTS], config)
+    return report | reference_rewards(reward, reference_samples(engine, data, config))
 
 
 def _lexical_accuracy(train: Sequence[PreferencePair], held_out: Sequence[RolloutGroup]) -> dict[str, Any]:
@@ -108,14 +109,15 @@ def judge_warnings(run: RunDirectory, calibration: Mapping[str, Any], judge: Zer
     return [text for name, report in reports.items() if (text := canary_warning(name, report)) is not None] + ([leaks] if leaks else [])
 
 
-def reference_rewards(reward: Reward, engine: RolloutEngine, prompts: Sequence[Prompt], config: GRPOConfig) -> dict[str, Any]:
+def reference_samples(engine: RolloutEngine, data: TrainingData, config: GRPOConfig) -> list[RolloutGroup]:
+    """Replies of the untouched model to a few held-out prompts (to training's, where none are held out): what judges are measured on."""
+    prompts = (data.held_out_prompts or data.prompts)[:REFERENCE_PROMPTS]
+    params = sampling_params(config, EVALUATION_STEP, role="reference", num_generations=REFERENCE_SAMPLES)
+    return sample_in_chunks(engine, prompts, params, config.completions_per_step)
+
+
+def reference_rewards(reward: Reward, groups: Sequence[RolloutGroup]) -> dict[str, Any]:
     """Mean and std of a trained judge's reward on the reference policy's own samples, not on dataset replies; how it goes with length."""
-    groups = sample_in_chunks(
-        engine,
-        prompts,
-        sampling_params(config, EVALUATION_STEP, role="reference", num_generations=REFERENCE_SAMPLES),
-        config.completions_per_step,
-    )
     scores = reward.score(groups)
     values = [value for row in scores for value in row if value is not None]
     return {
@@ -177,6 +179,14 @@ def evaluate_policy(
     before, after = (evaluation_samples(engine, chosen, config, role) for role in _ROLES)
     with judge.keeping_logprobs(after, temperature=config.temperature) if judge is not None else nullcontext():
         return compare(model, scorers, chosen, (before, after), lambda: sequence_kl(model, after, config, judge=judge), config)
+
+
+def measured_before(run: RunDirectory, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Baselines and tasks of an earlier evaluation, where it was of the same policy: its replies had the same rewards, to the bit."""
+    path = run.path / "evaluation.json"
+    earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    same = earlier.get("reward") == result.get("reward") and earlier.get("kl_sequence") == result.get("kl_sequence")
+    return {name: earlier[name] for name in ("baselines", "tasks") if same and name in earlier}
 
 
 def evaluate_refusals(engine: RolloutEngine, prompts: Sequence[Prompt], config: GRPOConfig, role: str = "policy") -> dict[str, Any]:

@@ -20,7 +20,7 @@ from gemma_grpo.grpo.step import sampling_params
 from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.monitor.events import RunDirectory
 from gemma_grpo.reward.implicit import ImplicitScorer, LikelihoodScorer, likelihood_loss
-from gemma_grpo.reward.training import RewardTraining, bradley_terry_loss
+from gemma_grpo.reward.training import RewardTraining
 from gemma_grpo.rollout.engine import RolloutEngine
 from gemma_grpo.types import RolloutGroup
 
@@ -70,7 +70,7 @@ class Baselines:
     def _train(self, name: str) -> None:
         settings = self.config.reward_model.model_copy(update={"centering": 0.0})
         scorer = ImplicitScorer(self.model, settings.dpo_beta) if name == DPO else LikelihoodScorer(self.model)
-        loss = bradley_terry_loss if name == DPO else likelihood_loss
+        loss = None if name == DPO else likelihood_loss  # None: Bradley-Terry with the settings' label_smoothing
         self.model.add_adapter(name)
         RewardTraining(scorer, self.data.pairs, settings, seed=self.config.seed, adapter=name, loss=loss).run()
         folder = self.run.path / "baselines" / name

@@ -16,18 +16,19 @@ from gemma_grpo import watchdog
 from gemma_grpo.checkpoint import saving
 from gemma_grpo.config import GRPOConfig
 from gemma_grpo.data.prompts import EncodedPair
-from gemma_grpo.grpo.assess import length_slopes, measure_judge
+from gemma_grpo.grpo.assess import length_slopes, measure_judge, reference_samples
 from gemma_grpo.grpo.keeping import RewardKeeper
 from gemma_grpo.grpo.setup import TrainingData
 from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.model.memory import release
 from gemma_grpo.monitor.events import RunDirectory
 from gemma_grpo.reward.base import Reward
-from gemma_grpo.reward.ensemble import EnsembleReward, Member, members_of, pairs_of
+from gemma_grpo.reward.ensemble import EnsembleReward, Member, levels_of, members_of, pairs_of
 from gemma_grpo.reward.generative import GenerativeReward, Judge
 from gemma_grpo.reward.implicit import ImplicitReward, ImplicitScorer
 from gemma_grpo.reward.training import RewardTraining
 from gemma_grpo.rollout.engine import RolloutEngine
+from gemma_grpo.types import RolloutGroup
 
 CALIBRATION, WITNESS = "calibration.json", "witness"
 _SEED_STRIDE = 7919
@@ -57,7 +58,8 @@ class Judges:
 
     def reward(self) -> EnsembleReward:
         """The reward "generative"."""
-        return EnsembleReward({one: self._verdicts(one) for one in self._members}, self.config.reward_model, self._slopes())
+        judges = {one: self._verdicts(one) for one in self._members}
+        return EnsembleReward(judges, self.config.reward_model, self._slopes(), self.calibration.get("levels"))
 
     def _verdicts(self, member: Member) -> Reward:
         if member.dpo_beta is None:
@@ -140,7 +142,7 @@ class Judges:
         self._members = members
         measure = partial(measure_judge, self.model, engine, data=data, config=self.config, margin=margin)
         counts = {adapter: len(pairs) for adapter, pairs in parts.items()}
-        self._measure(measure, data.pairs, counts)
+        self._measure(measure, data.pairs, counts, partial(reference_samples, engine, data, self.config))
         # a run that goes on cuts its passes as this one does
         self.calibration["memory"] = self.model.budget.state()
         release(self.model.device)
@@ -149,17 +151,25 @@ class Judges:
             keeper.done()
 
     def _training(self, adapter: str, beta: float | None, pairs: Sequence[EncodedPair], seed: int) -> RewardTraining:
-        """Bradley-Terry on a judge's log-odds, or on the implicit reward, which nothing need keep around 0: the reference does."""
+        """Bradley-Terry on a judge's log-odds, or on the implicit reward, whose level is taken off afterwards."""
         settings = self.config.reward_model
         if beta is None:
             return RewardTraining(Judge(self.model), pairs, settings, seed=seed, adapter=adapter)
         plain = settings.model_copy(update={"centering": 0.0})
         return RewardTraining(ImplicitScorer(self.model, beta), pairs, plain, seed=seed, adapter=adapter)
 
-    def _measure(self, measure: Callable[..., dict[str, Any]], pairs: Sequence[EncodedPair], counts: Mapping[str, int]) -> None:
+    def _measure(
+        self,
+        measure: Callable[..., dict[str, Any]],
+        pairs: Sequence[EncodedPair],
+        counts: Mapping[str, int],
+        samples: Callable[[], Sequence[RolloutGroup]],
+    ) -> None:
         members = [asdict(one) for one in self._members]
         trained = {"pairs_trained": sum(counts[one.adapter] for one in self._members)}
         self.calibration = {**trained, "members": members, "length_slopes": {}}
+        if any(one.dpo_beta is not None for one in self._members):
+            self.calibration["levels"] = levels_of(self.reward().by_member(samples()))
         if self.config.reward_model.length_residual:
             self.calibration["length_slopes"] = length_slopes(self.reward(), pairs)
         self.calibration |= measure(self.reward())

@@ -99,7 +99,8 @@ class Lookout:
                 measured = {"proxy": scored.pop("reward", None), **scored, "kl": kl}
                 length = max(1, len(completion.token_ids))
                 measured |= {"oddest": oddest[n][g], "fluency": reference[n][g] / length, "strayed": kl > STRAYED * length}
-                found.append(_reply(group.prompt, completion) | measured | ({"prompt": prompt} if prompt else {}))
+                bundled = {"bundled": True} if n >= len(self.prompts) else {}
+                found.append(_reply(group.prompt, completion) | measured | bundled | ({"prompt": prompt} if prompt else {}))
         return found
 
     def _keep_best(self, step: int, witness: float | None) -> None:
@@ -126,7 +127,8 @@ def _reply(prompt: Prompt, completion: Completion) -> dict[str, Any]:
 
 
 def look_metrics(replies: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over the replies of one look; of what no reply has, nothing."""
+    """Means over the replies of one look, bundled prompts left out but for their refusals; of what no reply has, nothing."""
+    everything, replies = replies, [reply for reply in replies if not reply.get("bundled")]
     lengths, texts = [reply["length"] for reply in replies], [reply["text"] for reply in replies]
     found = {
         "length": statistics.fmean(lengths),
@@ -141,7 +143,7 @@ def look_metrics(replies: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         if values:
             found[name] = statistics.fmean(values)
     for kind in ("harmful", "benign", "looks_harmful"):
-        refusals = [reply["refused"] for reply in replies if reply["kind"] == kind]
+        refusals = [reply["refused"] for reply in everything if reply["kind"] == kind]
         if refusals:
             found[f"refusal_{kind}"] = statistics.fmean(refusals)
     return found

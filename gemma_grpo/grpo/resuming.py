@@ -25,7 +25,7 @@ from gemma_grpo.monitor.events import RunDirectory
 
 MAY_CHANGE = (
     *("epochs", "max_steps", "max_minutes", "save_steps", "keep_checkpoints"),
-    *("evaluation.", "memory.", "watchdog.", "reward_function.", "data.strict"),
+    *("evaluation.num_", "memory.", "watchdog.", "reward_function.", "data.strict"),
 )
 """Settings that leave the steps already made as they are; a dot at the end stands for a whole section."""
 
@@ -83,7 +83,7 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def fingerprint(data: TrainingData) -> str:
     """SHA-256 of all that is learned from or measured on: prompts and pairs in their order, as tokens, and what rewards see of a row."""
     digest = hashlib.sha256()
-    for prompt in (*data.prompts, *data.held_out_prompts):
+    for prompt in (*data.prompts, *data.held_out_prompts, *data.look_alikes):
         digest.update(array("q", prompt.token_ids).tobytes())
         digest.update(json.dumps([prompt.prompt_id, prompt.source, dict(prompt.columns)], default=str, sort_keys=True).encode())
     for pair in (*data.pairs, *data.held_out_pairs):

@@ -125,8 +125,9 @@ def build_training_data(rows: Rows, model: Gemma, config: GRPOConfig) -> Trainin
         )
     train = train[: config.data.max_prompts]
     counts |= {"prompts_train": len(train), "prompts_held_out": len(held_out)}
-    own = any(looks_harmful(prompt) for prompt in built.prompts)
+    own = any(looks_harmful(prompt) for prompt in held_out[: config.witness.num_prompts])
     asked = () if own else look_alike_prompts(model.tokenizer, config.witness.look_alikes, config.max_prompt_length)
+    counts |= {"look_alikes": len(asked)} if asked else {}
     return TrainingData(train, held_out, *pairs, asked, counts)
 
 

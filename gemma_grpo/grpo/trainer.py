@@ -18,8 +18,8 @@ from gemma_grpo.config import build_config, load_recipe
 from gemma_grpo.data.prompts import order
 from gemma_grpo.evaluation import frontier_report
 from gemma_grpo.grpo import resuming
-from gemma_grpo.grpo.abilities import Task, evaluate_tasks
-from gemma_grpo.grpo.assess import Scorers, evaluate_policy, evaluate_refusals, judge_warnings
+from gemma_grpo.grpo.abilities import Task, check_tasks, evaluate_tasks
+from gemma_grpo.grpo.assess import Scorers, evaluate_policy, evaluate_refusals, judge_warnings, measured_before
 from gemma_grpo.grpo.baselines import Baselines
 from gemma_grpo.grpo.explain import CUT_OFF_STEPS, NoSignalError, never_stops, no_signal, step_warnings
 from gemma_grpo.grpo.gates import REMEDY, failing, gate_report, gate_warning
@@ -155,6 +155,7 @@ class GRPOTrainer(Preparation):
         if not self.run.is_held:
             with RunDirectory.open(self.run.path) as self._run:
                 return self.evaluate(baselines=baselines, tasks=tasks, task_limit=task_limit)
+        check_tasks([task for task in tasks if isinstance(task, str)])
         started = time.perf_counter()
         asked = f"{min(self.config.evaluation.num_prompts, len(self.data.held_out_prompts))} held-out prompts"
         self.view.phase("evaluation", asked)
@@ -163,17 +164,19 @@ class GRPOTrainer(Preparation):
             result = evaluate_policy(self.model, self.engine, scorers, prompts, self.config, judge=self.stepper.judge)
         if result:
             self._warn(*result.pop("warnings"))
-            result |= evaluate_refusals(self.engine, self.data.look_alikes, self.config)
+            result = evaluate_refusals(self.engine, self.data.look_alikes, self.config) | result  # the data's own come first
+            result |= {"frontier": frontier_report(self.run.looks()), "primary": self.config.evaluation.primary}
+            result["seconds"] = time.perf_counter() - started
+            result |= measured_before(self.run, result)
+            self.run.write_json("evaluation.json", result)  # what comes below takes longer, and may fail
             if baselines:
                 given = (self.run, self.model, self.engine, scorers, self.data, self.config)
                 result["baselines"] = Baselines(*given).measure(lambda text: self.view.phase("baseline", text))
-            if tasks:
-                self.view.phase("tasks", f"{len(tasks)}, before and after")
-                size = self.config.num_generations  # as many texts as are sampled of one prompt
-                result["tasks"] = evaluate_tasks(self.model, tasks, limit=task_limit, batch_size=size, seed=self.config.seed)
-            result["frontier"] = frontier_report(self.run.looks())
-            result["primary"] = self.config.evaluation.primary
-            result["seconds"] = time.perf_counter() - started
+                self.run.write_json("evaluation.json", result)
+        if tasks:
+            self.view.phase("tasks", f"{len(tasks)}, before and after")
+            size = self.config.num_generations  # as many texts as are sampled of one prompt
+            result["tasks"] = evaluate_tasks(self.model, tasks, limit=task_limit, batch_size=size, seed=self.config.seed)
             self.run.write_json("evaluation.json", result)
         self.run.event("phase", name="evaluation", seconds=time.perf_counter() - started)
         return result

@@ -93,11 +93,11 @@ def new_alarms(looks: Sequence[Look], now: Look) -> list[Alarm]:
 
 
 def change(then: Look, now: Look, field: str, kind: str | None = None) -> Change | None:
-    """How a field of the replies changed; None below two replies that have it in both looks."""
+    """How a field of the replies changed; None below two that have it in both looks. Bundled prompts count for their own kind alone."""
     pairs = {
         n: (float(a[field]), float(b[field]))
         for n, (a, b) in enumerate(zip(then["replies"], now["replies"], strict=False))
-        if a.get(field) is not None and b.get(field) is not None and kind in (None, b["kind"])
+        if a.get(field) is not None and b.get(field) is not None and (b["kind"] == kind if kind else not b.get("bundled"))
     }
     if len(pairs) < 2:
         return None

@@ -153,8 +153,10 @@ def _words(name: str, judge: str, change: int) -> tuple[str, str]:
     """Tone and headline. What a judge says that can be fooled is never "good" (docs/overoptimisation.md)."""
     if not change:
         return "unclear", "No clear change."
-    if judge == "gold" or name in _RULES:
+    if judge == "gold":
         return ("good", "Better.") if change > 0 else ("bad", "Worse.")
+    if name in _RULES:  # counted by their words: a policy that refuses everything refuses what is harmful too
+        return ("unclear", "Refusals changed as they should.") if change > 0 else ("bad", "Refusals changed for the worse.")
     title = {"witness": "The held-out judge", "reward": "The reward"}.get(name, f"The {STYLES[name].title}")
     return ("unclear", f"{title} rose.") if change > 0 else ("bad", f"{title} fell.")
 
@@ -239,7 +241,7 @@ def _further(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def _controlled(data: Any) -> str:
-    """The same as the end of a sentence; empty where there is none."""
+    """The win rate at equal length as the end of a sentence; empty where there is none."""
     found = _at_equal_length(data)
     return f"; at equal length {found}" if found else ""
 

@@ -113,6 +113,7 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "watched_charts": watch_charts(files),
         "parting": watched.parting_lines(watched.parting(files.looks)),
         "alarms": [one for look in files.looks for one in records(look.get("alarms"))],
+        "serious": len(watched.alarm_marks(files.looks)),
         "notable": watched.notable(files.looks),
         "phases": _phases(files),
         "profile_title": TITLE,
@@ -142,7 +143,8 @@ def _abilities(evaluation: Record) -> list[tuple[findings.Style, findings.Measur
     for task, metrics in _mappings(evaluation.get("tasks")).items():
         for name, data in metrics.items():
             if one := findings.measure(data):
-                rows.append((findings.Style(f"{task}, {name}", 3, 1, ""), one, {1: "good", -1: "bad"}.get(one.sure, "")))
+                better = -1 if data.get("higher_is_better") is False else 1
+                rows.append((findings.Style(f"{task}, {name}", 3, better, ""), one, {1: "good", -1: "bad"}.get(one.sure * better, "")))
     return rows
 
 

@@ -33,7 +33,7 @@ class Parting:
     lost_at_alarm: float | None
     """How far the truth had fallen from its highest value so far when that alarm came."""
     lost_step: int | None = None
-    """The first look at which gold was LOSS below its best so far; None where it never was, or is not known."""
+    """The look from which on gold stayed LOSS below its best so far; None where it did not, or is not known."""
 
     @property
     def lost(self) -> float:
@@ -67,8 +67,8 @@ def parting(looks: Sequence[Record]) -> Parting | None:
     alarm, lost, best, lost_step = None, None, -float("inf"), None
     for look, value in points:
         best = max(best, value)
-        if truth == "gold" and lost_step is None and best - value >= LOSS:
-            lost_step = _step(look)
+        if truth == "gold":
+            lost_step = None if best - value < LOSS else _step(look) if lost_step is None else lost_step
         serious = [one for one in records(look.get("alarms")) if one.get("level") in LEVELS[1:]]
         if serious and alarm is None:
             alarm, lost = serious[0], best - value
@@ -93,7 +93,7 @@ def parting_lines(found: Parting | None) -> list[str]:
         if found.lost_step is not None:
             ahead = found.lost_step - int(real(found.alarm.get("step")) or 0)
             when = f"{abs(ahead)} steps {'after' if ahead > 0 else 'before'} the alarm" if ahead else "at the alarm"
-            lines.append(f"Three points were lost by step {found.lost_step}, {when}.")
+            lines.append(f"Three points were lost for good at step {found.lost_step}, {when}.")
     return lines
 
 
@@ -105,8 +105,10 @@ def curves(looks: Sequence[Record]) -> dict[str, tuple[list[float], list[float |
 
 
 def alarm_marks(looks: Sequence[Record]) -> list[tuple[float, str]]:
-    """Step and level of every alarm."""
-    return [(float(_step(look)), str(one.get("level"))) for look in looks for one in records(look.get("alarms"))]
+    """Step and level of every alarm above a note."""
+    return [
+        (float(_step(look)), str(one["level"])) for look in looks for one in records(look.get("alarms")) if one.get("level") in LEVELS[1:]
+    ]
 
 
 def notable(looks: Sequence[Record]) -> list[Notable]:

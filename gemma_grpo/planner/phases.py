@@ -156,7 +156,15 @@ class Run:
         read = max(longest, min(tokens, settings.batch_size * longest))
         half = settings.max_length // 2
         piece = Pass.of(read, settings.max_length - half, 2, half)
-        return self._phase("reward training", terms.REWARD_TRAINING_COPIES, *self._backward(piece))
+        if not settings.implicit_member:
+            return self._phase("reward training", terms.REWARD_TRAINING_COPIES, *self._backward(piece))
+        slopes = 1  # DPO's member reads log-probabilities, as an update does
+        rest = (
+            self._after_layers(piece) + terms.rotary(self.shape, self.numbers, piece.tokens) + terms.kept_by_head(self.shape, piece, slopes)
+        )
+        logits = terms.logits(self.shape, self.numbers, piece.completion_tokens, slopes)
+        head = {ACTIVATIONS: self._kept_by_layers(piece) + rest, LOGITS: logits}
+        return self._phase("reward training", terms.REWARD_TRAINING_COPIES, *self._backward(piece), head)
 
     @property
     def _further_judges(self) -> int:

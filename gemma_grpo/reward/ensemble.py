@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from jaxtyping import Float
@@ -73,13 +74,40 @@ def length_slope(margins: Sequence[float], differences: Sequence[float]) -> floa
     return sum(m * d for m, d in zip(margins, differences, strict=True)) / squares if squares else 0.0
 
 
+def levels_of(by_member: Mapping[Member, Scores]) -> dict[str, float]:
+    """By DPO member, the mean by which it lies above the judges on the same completions; they are comparable once it is taken off.
+
+    DPO's loss sees differences within a pair alone, so the level of its reward is nobody's choice; a judge's is held around 0.
+    """
+    levels = {}
+    for member, scores in by_member.items():
+        if member.dpo_beta is None:
+            continue
+        judges = [rows for other, rows in by_member.items() if other.dpo_beta is None and other.source == member.source]
+        gaps = [
+            own - fmean(others)
+            for n, row in enumerate(scores)
+            for g, own in enumerate(row)
+            if own is not None and (others := [value for rows in judges if (value := rows[n][g]) is not None])
+        ]
+        levels[member.adapter] = fmean(gaps) if gaps else 0.0
+    return levels
+
+
 class EnsembleReward:
     """The members' verdicts as one reward, named "generative"."""
 
     name = "generative"
 
-    def __init__(self, judges: Mapping[Member, Reward], settings: RewardModelSettings, slopes: Mapping[str, float] | None = None) -> None:
-        self.judges, self.slopes = judges, slopes or {}
+    def __init__(
+        self,
+        judges: Mapping[Member, Reward],
+        settings: RewardModelSettings,
+        slopes: Mapping[str, float] | None = None,
+        levels: Mapping[str, float] | None = None,
+    ) -> None:
+        """`slopes`: by source, what a token adds; `levels`: by adapter, what its verdicts lie above the others' (see `levels_of`)."""
+        self.judges, self.slopes, self.levels = judges, slopes or {}, levels or {}
         self.combine, self.uncertainty = COMBINATIONS[settings.combine], settings.uncertainty
 
     def score(self, groups: Sequence[RolloutGroup]) -> Scores:
@@ -102,8 +130,10 @@ class EnsembleReward:
         """The members' verdicts as one number per completion."""
         result: Scores = []
         for n, group in enumerate(groups):
-            rows = [scores[n] for scores in by_member.values() if None not in scores[n]]
-            values = torch.tensor(rows, dtype=torch.float32)
+            own = {member: scores[n] for member, scores in by_member.items() if None not in scores[n]}
+            rows = list(own.values())
+            level = torch.tensor([self.levels.get(member.adapter, 0.0) for member in own])
+            values = torch.tensor(rows, dtype=torch.float32) - level[:, None] if rows else torch.zeros(0)
             slope = self.slopes.get(group.prompt.source, 0.0)
             lengths = torch.tensor([len(completion.token_ids) for completion in group.completions])
             nothing: list[float | None] = [None] * len(lengths)

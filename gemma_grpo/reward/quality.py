@@ -66,12 +66,12 @@ def quality_report(pairs: Sequence[PreferencePair], scores: Float[Tensor, "N 2"]
 
 
 def agreement(members: Iterable[Sequence[Sequence[float | None]]]) -> dict[str, Any]:
-    """Share of the pairs, [N][2] scores of each member, on which every member that scored it prefers the same reply."""
+    """Share of the pairs scored by several members, [N][2] scores of each, on which all of these prefer the same reply."""
     same = n = 0
     for rows in zip(*members, strict=True):
-        sides = {chosen > rejected for chosen, rejected in rows if chosen is not None and rejected is not None}
-        n += bool(sides)
-        same += len(sides) == 1
+        sides = [chosen > rejected for chosen, rejected in rows if chosen is not None and rejected is not None]
+        n += len(sides) > 1
+        same += len(sides) > 1 and len(set(sides)) == 1
     return {"value": same / n if n else None, "interval": list(wilson_interval(float(same), n)), "n": n}
 
 

@@ -17,7 +17,7 @@ def run(variant: str, seed: int, golds: list[float], *, alarm: int | None = None
         for n, gold in enumerate(golds)
     ]
     alarms = [] if alarm is None else [{"level": "warn", "step": alarm, "witness": "fluency", "text": "t"}]
-    return {"variant": variant, "seed": seed, "steps": 6, "looks": looks, "alarms": alarms, "evaluation": {}, "baselines": {}}
+    return {"variant": variant, "seed": seed, "steps": 3, "looks": looks, "alarms": alarms, "evaluation": {}, "baselines": {}}
 
 
 RUNS = [

@@ -61,7 +61,7 @@ def test_the_verdict_is_about_the_metric_that_was_named_before_the_run() -> None
         assert found.tone == tone
     refusals = verdict({"primary": "refusal_benign", "reward": gold, "refusal_benign": metric(0.1, 0.3, 0.1, 0.3)})
     assert refusals is not None
-    assert (refusals.tone, refusals.headline) == ("bad", "Worse.")
+    assert (refusals.tone, refusals.headline) == ("bad", "Refusals changed for the worse.")
     missing = verdict({"primary": "win_rate_chosen", "gold": gold})
     assert missing is not None
     assert missing.headline == "Better."

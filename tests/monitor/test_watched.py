@@ -38,10 +38,14 @@ def test_the_peak_the_end_and_what_was_lost_when_the_alarm_came() -> None:
         "Gold was highest at step 4 (0.500) and ended at 0.350 (step 12).",
         "From there on the reward went on rising, from 0.400 to 0.900.",
         "The first alarm came at step 8, warn by fluency, when gold had lost 2.0 points of 100 from its best.",
-        "Three points were lost by step 12, 4 steps after the alarm.",
+        "Three points were lost for good at step 12, 4 steps after the alarm.",
     ]
     late = parting([*LOOKS[:2], look(8, 0.6, gold=0.46), look(10, 0.7, (alarm(10),), gold=0.4)])
-    assert parting_lines(late)[-1] == "Three points were lost by step 8, 2 steps before the alarm."
+    assert parting_lines(late)[-1] == "Three points were lost for good at step 8, 2 steps before the alarm."
+    # what comes back was not lost
+    back = parting([*LOOKS[:2], look(8, 0.6, (alarm(8),), gold=0.46), look(10, 0.7, gold=0.5)])
+    assert back is not None
+    assert back.lost_step is None
 
 
 def test_a_note_is_no_alarm_and_a_run_that_ends_at_its_peak_has_not_parted() -> None:
@@ -62,6 +66,7 @@ def test_without_gold_the_witness_is_the_measure_and_without_both_there_is_none(
 
 def test_curves_have_a_gap_where_a_look_lacks_a_number() -> None:
     assert curves([look(0, 0.1, gold=0.3), look(5, 0.2)])["gold"] == ([0.0, 5.0], [0.3, None])
+    assert alarm_marks([look(0, 0.1, (alarm(0, "note"),))]) == []
     assert alarm_marks(LOOKS) == [(8.0, "warn"), (12.0, "alert")]
 
 

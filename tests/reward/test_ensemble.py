@@ -9,7 +9,16 @@ import torch
 
 from gemma_grpo.config.schema import RewardModelSettings
 from gemma_grpo.reward.base import Scores
-from gemma_grpo.reward.ensemble import EnsembleReward, Member, length_slope, members_of, pairs_of, uncertainty_weighted, worst_case
+from gemma_grpo.reward.ensemble import (
+    EnsembleReward,
+    Member,
+    length_slope,
+    levels_of,
+    members_of,
+    pairs_of,
+    uncertainty_weighted,
+    worst_case,
+)
 from gemma_grpo.types import Completion, Prompt, RolloutGroup
 
 
@@ -88,6 +97,18 @@ def test_a_dpo_member_comes_after_the_judges_of_each_source_and_learns_from_all_
     assert pairs_of(members[2], encoded_pairs, 2) == list(encoded_pairs)
     routed = members_of(RewardModelSettings(implicit_member=True, per_source=True), ["b", "a"])
     assert [(one.source, one.dpo_beta) for one in routed] == [("a", None), ("a", 0.1), ("b", None), ("b", 0.1)]
+
+
+def test_a_dpo_member_is_compared_on_the_judges_level() -> None:
+    judge, dpo = Member("reward", 0, None), Member("reward-2", 1, None, 0.1)
+    # by hand: 5 - 1 and 4 - 2, so that it lies 3 above
+    assert levels_of({judge: [[1.0, 2.0]], dpo: [[5.0, 4.0]]}) == {"reward-2": 3.0}
+    assert levels_of({judge: [[1.0, 2.0]]}) == {}
+    settings = RewardModelSettings(combine="worst")
+    reward = EnsembleReward({judge: Fixed(1.0), dpo: Fixed(5.0)}, settings, levels={"reward-2": 3.0})
+    assert reward.score([group("a", 1, 1)]) == [[1.0, 1.0]]  # min(1, 5 - 3)
+    low = EnsembleReward({judge: Fixed(1.0), dpo: Fixed(3.5)}, settings, levels={"reward-2": 3.0})
+    assert low.score([group("a", 1)]) == [[0.5]]
 
 
 @pytest.fixture

@@ -167,7 +167,8 @@ def test_length_within_groups_is_seen_where_lengths_of_prompts_would_hide_it() -
 
 def test_members_agree_where_all_that_scored_prefer_the_same() -> None:
     one, other = [[1.0, 0.0], [1.0, 0.0], [None, None]], [[2.0, 1.0], [0.0, 1.0], [0.0, 1.0]]
-    assert (agreement([one, other])["value"], agreement([one, other])["n"]) == (2 / 3, 3)
+    # the third pair was scored by one of them alone: nobody to agree with
+    assert (agreement([one, other])["value"], agreement([one, other])["n"]) == (1 / 2, 2)
 
 
 def test_leaks_are_conversations_on_both_sides_and_replies_that_training_goes_on_with() -> None:
