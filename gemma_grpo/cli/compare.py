@@ -34,7 +34,7 @@ def table(names: Sequence[str], evaluations: Sequence[Mapping[str, Any]]) -> lis
     """A line for each metric that any of them has: after training, and the gain with its interval."""
     from gemma_grpo.monitor.findings import compared
 
-    rows = [[row.title, *(cell or "-" for cell in row.cells)] for row in compared(evaluations)]
+    rows = [[row.title, *(" ".join(filter(None, cell)) if cell else "-" for cell in row.cells)] for row in compared(evaluations)]
     return _aligned([["", *(printable(name) for name in names)], *rows])
 
 

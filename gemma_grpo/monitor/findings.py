@@ -163,10 +163,10 @@ def _words(name: str, judge: str, change: int) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One metric of several policies: after training, and the gain with its interval; None where it was not measured."""
+    """One metric of several policies: what it is after training, and its gain and interval; None where it was not measured."""
 
     title: str
-    cells: list[str | None]
+    cells: list[tuple[str, str] | None]
 
 
 def compared(evaluations: Sequence[Mapping[str, Any]]) -> list[Compared]:
@@ -176,14 +176,15 @@ def compared(evaluations: Sequence[Mapping[str, Any]]) -> list[Compared]:
         found = [measure(evaluation.get(name)) for evaluation in evaluations]
         if not any(found):
             continue
-        cells = [
-            f"{show(one.after, style)} ({show(one.gain, style, signed=True)} {show_interval(one, style)})" if one else None for one in found
-        ]
-        rows.append(Compared(style.title, cells))
+        rows.append(Compared(style.title, [_with_gain(one, style) for one in found]))
         if name in ("win_rate", "win_rate_chosen"):
             equal = [_at_equal_length(evaluation.get(name)) for evaluation in evaluations]
             rows += [Compared(f"{style.title}, equal length", equal)] if any(equal) else []
     return rows
+
+
+def _with_gain(one: Measure | None, style: Style) -> tuple[str, str] | None:
+    return (show(one.after, style), f"({show(one.gain, style, signed=True)} {show_interval(one, style)})") if one else None
 
 
 def kind_rows(evaluation: Mapping[str, Any]) -> list[KindRow]:
@@ -243,11 +244,11 @@ def _further(evaluation: Mapping[str, Any]) -> list[str]:
 def _controlled(data: Any) -> str:
     """The win rate at equal length as the end of a sentence; empty where there is none."""
     found = _at_equal_length(data)
-    return f"; at equal length {found}" if found else ""
+    return f"; at equal length {' '.join(filter(None, found))}" if found else ""
 
 
-def _at_equal_length(data: Any) -> str | None:
-    """The win rate at equal length with its interval; None where there is none."""
+def _at_equal_length(data: Any) -> tuple[str, str] | None:
+    """The win rate at equal length and its interval; None where there is none."""
     found = data.get("length_controlled") if isinstance(data, Mapping) else None
     value = real(found.get("value")) if isinstance(found, Mapping) else None
     if value is None or found is None:
@@ -255,8 +256,8 @@ def _at_equal_length(data: Any) -> str | None:
     style, interval = STYLES["win_rate"], found.get("interval")
     ends = ""
     if isinstance(interval, list) and len(interval) == 2 and None not in (low := real(interval[0]), high := real(interval[1])):
-        ends = f" [{show(low, style)}, {show(high, style)}]"
-    return f"{show(value, style)}{ends}"
+        ends = f"[{show(low, style)}, {show(high, style)}]"
+    return show(value, style), ends
 
 
 def _warnings(evaluation: Mapping[str, Any]) -> list[str]:

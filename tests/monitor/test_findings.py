@@ -84,9 +84,9 @@ def test_several_policies_stand_in_one_row_and_what_one_lacks_is_empty() -> None
     run = {"gold": metric(0.3, 0.6, 0.2, 0.4), "win_rate": metric(0.5, 0.7, 0.1, 0.3) | equal}
     rows = compared([run, {"gold": metric(0.3, 0.4, 0.0, 0.2)}])
     assert [(row.title, row.cells) for row in rows] == [
-        ("gold", ["0.60 (+0.30 [0.20, 0.40])", "0.40 (+0.10 [0.00, 0.20])"]),
-        ("win rate", ["70\u00a0% (+20\u00a0pt [10, 30]\u00a0pt)", None]),
-        ("win rate, equal length", ["55\u00a0% [50\u00a0%, 60\u00a0%]", None]),
+        ("gold", [("0.60", "(+0.30 [0.20, 0.40])"), ("0.40", "(+0.10 [0.00, 0.20])")]),
+        ("win rate", [("70\u00a0%", "(+20\u00a0pt [10, 30]\u00a0pt)"), None]),
+        ("win rate, equal length", [("55\u00a0%", "[50\u00a0%, 60\u00a0%]"), None]),
     ]
     assert compared([{}, {}]) == []
 
