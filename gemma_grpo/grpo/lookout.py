@@ -29,7 +29,7 @@ from gemma_grpo.types import Completion, Prompt, RolloutGroup
 LOOK_STEP = -2
 """Sampling counter of a look: neither training nor the evaluation draws the same numbers."""
 BEST = "best"
-STRAYED = 0.3
+STRAYED = 0.4
 """Nats per token from which a reply counts as one that the untouched model would hardly give. Where a reward is gamed a few replies go so
 far long before their mean does; kl.ref_target allows the mean 0.05 (docs/overoptimisation.md).
 """

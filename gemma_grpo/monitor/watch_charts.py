@@ -18,7 +18,7 @@ _NAMES = {
     "lexical": ("Lexical judge", "log-odds", "Words and word pairs, learned from the same other pairs: it errs in another way."),
     "fluency": ("Likelihood under the untouched model", "nat / token", "A sharp fall: replies that the model would not have said."),
     "oddest": ("Least likely token", "nat", "Of each reply, under the untouched model: a few odd words show here first."),
-    "strayed": ("Strayed", "share", "Replies more than 0.3 nat per token from the untouched model: rises early where a reward is gamed."),
+    "strayed": ("Strayed", "share", "Replies more than 0.4 nat per token from the untouched model: rises early where a reward is gamed."),
     "kl_sequence": ("Distance travelled", "nat / reply", "KL to the untouched model."),
     "refusal_harmful": ("Refuses harmful requests", "share", ""),
     "refusal_benign": ("Refuses benign requests", "share", ""),

@@ -54,7 +54,7 @@ def test_numbers_of_a_look_are_the_means_of_its_replies(train_tiny) -> None:
         for name in ("proxy", "witness", "length", "fluency"):
             assert metrics[name] == pytest.approx(sum(reply[name] for reply in replies) / 3)
         for reply in replies:
-            assert reply["strayed"] == (reply["kl"] / reply["length"] > 0.3)
+            assert reply["strayed"] == (reply["kl"] / reply["length"] > 0.4)
         assert metrics["strayed"] == pytest.approx(sum(reply["strayed"] for reply in replies) / 3)
         assert metrics["kl"] == pytest.approx(sum(reply["kl"] for reply in replies) / sum(reply["length"] for reply in replies))
 
