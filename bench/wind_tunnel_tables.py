@@ -54,9 +54,19 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     return f"{statistics.fmean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
+def beside(runs: Sequence[Run], others: Sequence[Run]) -> str:
+    """Points by which gold ends higher than others with the same seeds: mean and its standard error."""
+    ends = {run["seed"]: run["looks"][-1]["gold"] for run in others}
+    differences = [100 * (run["looks"][-1]["gold"] - ends[run["seed"]]) for run in runs if run["seed"] in ends]
+    if len(differences) < 2:
+        return "–"
+    return f"{statistics.fmean(differences):+.1f} ± {statistics.stdev(differences) / len(differences) ** 0.5:.1f}"
+
+
 def ablation_table(runs: Sequence[Run]) -> str:
     """One line for each variant that was run."""
-    titles = ("", "seeds", "gold at the start", "peak", "end", "lost from peak", "reward from peak to end", "KL per reply, nats")
+    titles = ("", "seeds", "gold at the start", "peak", "end", "end beside the defaults'", "lost from peak", "reward from peak to end")
+    titles = (*titles, "KL per reply, nats")
     rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for variant in VARIANTS:
         chosen = of(runs, variant)
@@ -68,6 +78,7 @@ def ablation_table(runs: Sequence[Run]) -> str:
             spread([100 * run["looks"][0]["gold"] for run in chosen]),
             spread([100 * one.peak for one in found]),
             spread([100 * one.end for one in found]),
+            beside(chosen, of(runs, RESTRAINED)),
             spread([100 * one.lost for one in found]),
             spread([one.proxy_at_end - one.proxy_at_peak for one in found], 2),
             spread([run["looks"][-1]["kl_sequence"] for run in chosen]),

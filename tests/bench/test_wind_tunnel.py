@@ -50,7 +50,8 @@ def test_a_variant_is_a_line_with_means_and_extremes() -> None:
     cells = [cell.strip() for cell in lines[3].split("|")[1:-1]]
     # looks at steps 0 and 4 alone: the peak is the start's 0.3 or step 4's, and the end is step 4
     assert cells[:4] == ["nothing", "2", "30.0 (30.0 to 30.0)", "44.5 (40.0 to 49.0)"]
-    assert cells[4:] == ["44.5 (40.0 to 49.0)", "0.0 (0.0 to 0.0)", "0.00 (0.00 to 0.00)", "1.5 (1.5 to 1.5)"]
+    # ends of 30 beside 59 and 57: -29 and -27, mean -28, standard error sqrt(2) / sqrt(2)
+    assert cells[4:] == ["44.5 (40.0 to 49.0)", "-28.0 ± 1.0", "0.0 (0.0 to 0.0)", "0.00 (0.00 to 0.00)", "1.5 (1.5 to 1.5)"]
     assert len(lines[0].split("|")) == len(lines[1].split("|")) == len(lines[-1].split("|"))
 
 
