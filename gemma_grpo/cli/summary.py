@@ -58,7 +58,7 @@ def evaluation_lines(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def task_lines(evaluation: Mapping[str, Any]) -> list[str]:
-    """The same of every metric of the tasks that were run."""
+    """Before -> after of every metric of the harness's tasks that were run."""
     tasks = evaluation.get("tasks") or {}
     return [_row(f"{task}, {name}", _change(one, share=False)) for task, metrics in tasks.items() for name, one in metrics.items()]
 

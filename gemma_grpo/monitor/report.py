@@ -138,7 +138,7 @@ def _measures(evaluation: Record) -> list[tuple[findings.Style, findings.Measure
 
 
 def _abilities(evaluation: Record) -> list[tuple[findings.Style, findings.Measure, str]]:
-    """The same for each metric of the tasks that were run."""
+    """Style, numbers, and good, bad or empty for each metric of the harness's tasks that were run."""
     rows = []
     for task, metrics in _mappings(evaluation.get("tasks")).items():
         for name, data in metrics.items():

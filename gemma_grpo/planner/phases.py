@@ -137,11 +137,16 @@ class Run:
 
     def update(self, tokens: int) -> Phase:
         """Forward and backward through the policy, beside what the updater keeps to take a step back."""
-        shape, numbers, piece, slopes = self.shape, self.numbers, self._pass(tokens), 1 + self._rewards_entropy
-        logits = terms.logits(shape, numbers, piece.completion_tokens, slopes)
-        read = self._after_layers(piece) + terms.rotary(shape, numbers, piece.tokens) + terms.kept_by_head(shape, piece, slopes)
-        head = {ACTIVATIONS: self._kept_by_layers(piece) + read, LOGITS: logits}
+        piece = self._pass(tokens)
+        head = self._learned_head(piece, slopes=1 + self._rewards_entropy)
         return self._phase("update", terms.ADAPTER_COPIES + terms.UPDATE_COPIES, *self._backward(piece), head)
+
+    def _learned_head(self, piece: Pass, slopes: int) -> Stage:
+        """Log-probabilities that are learned from: what the layers and the head keep for the backward pass, and the logits."""
+        shape, numbers = self.shape, self.numbers
+        read = self._after_layers(piece) + terms.rotary(shape, numbers, piece.tokens) + terms.kept_by_head(shape, piece, slopes)
+        logits = terms.logits(shape, numbers, piece.completion_tokens, slopes)
+        return {ACTIVATIONS: self._kept_by_layers(piece) + read, LOGITS: logits}
 
     @property
     def _rewards_entropy(self) -> bool:
@@ -156,15 +161,9 @@ class Run:
         read = max(longest, min(tokens, settings.batch_size * longest))
         half = settings.max_length // 2
         piece = Pass.of(read, settings.max_length - half, 2, half)
-        if not settings.implicit_member:
-            return self._phase("reward training", terms.REWARD_TRAINING_COPIES, *self._backward(piece))
-        slopes = 1  # DPO's member reads log-probabilities, as an update does
-        rest = (
-            self._after_layers(piece) + terms.rotary(self.shape, self.numbers, piece.tokens) + terms.kept_by_head(self.shape, piece, slopes)
-        )
-        logits = terms.logits(self.shape, self.numbers, piece.completion_tokens, slopes)
-        head = {ACTIVATIONS: self._kept_by_layers(piece) + rest, LOGITS: logits}
-        return self._phase("reward training", terms.REWARD_TRAINING_COPIES, *self._backward(piece), head)
+        # DPO's member reads log-probabilities, as an update does
+        heads = [self._learned_head(piece, slopes=1)] if settings.implicit_member else []
+        return self._phase("reward training", terms.REWARD_TRAINING_COPIES, *self._backward(piece), *heads)
 
     @property
     def _further_judges(self) -> int:
