@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any, TypeAlias
 
 from gemma_grpo.evaluation import paired_metric
@@ -38,18 +40,19 @@ def evaluate_tasks(model: Gemma, tasks: Sequence[Task], *, limit: int | None, ba
     """Task -> metric -> {"before", "after", "gain", "interval", "n", "higher_is_better"}, over the same questions.
 
     A group such as "mmlu" gives its parts, and a metric has its filter's name behind it where the task has several filters. `limit` takes
-    the first so many questions of each task. Metrics that are no mean over questions, such as perplexities, are left out.
+    the first so many questions of each task. Metrics that are no mean over questions, such as perplexities, are left out; a task that has
+    no other is there without any.
     """
     before, after = (_run(model, role, tasks, limit, batch_size) for role in (REFERENCE, "policy"))
     found: dict[str, dict[str, Any]] = {}
     for name, metrics in _answers(before).items():
-        others = _answers(after)[name]
+        others, found[name] = _answers(after)[name], {}
         for metric, values in sorted(metrics.items()):
             ids = [one for one in values if one in others.get(metric, {})]
             pairs = [(values[one], others[metric][one]) for one in ids]
             better = before["higher_is_better"].get(name, {}).get(metric.partition(",")[0], True)
             measured = paired_metric([str(one) for one in ids], pairs, seed=seed)
-            found.setdefault(name, {})[metric] = {**measured, "higher_is_better": bool(better)}
+            found[name][metric] = {**measured, "higher_is_better": bool(better)}
     return found
 
 
@@ -69,15 +72,16 @@ def _run(model: Gemma, role: str, tasks: Sequence[Task], limit: int | None, batc
 
 
 def _answers(result: Mapping[str, Any]) -> dict[str, dict[str, dict[int, float]]]:
-    """Task -> metric -> question -> value, of the metrics that are means over questions."""
+    """Task -> metric -> question -> value, of the metrics whose figure for the task is the mean over its questions."""
     found: dict[str, dict[str, dict[int, float]]] = {}
     for name, rows in result["samples"].items():
-        means = {one["metric"] for one in result["configs"][name]["metric_list"] if one.get("aggregation") == "mean"}
         filters = {row["filter"] for row in rows}
         task = found.setdefault(name, {})
-        for row in rows:
-            for metric in means.intersection(row["metrics"]):
-                if isinstance(row[metric], int | float):
-                    key = metric if len(filters) == 1 else f"{metric},{row['filter']}"
-                    task.setdefault(key, {})[int(row["doc_id"])] = float(row[metric])
+        for filtered in filters:
+            own = [row for row in rows if row["filter"] == filtered]
+            for metric in {metric for row in own for metric in row["metrics"]}:
+                values = {int(row["doc_id"]): float(row[metric]) for row in own if isinstance(row.get(metric), int | float)}
+                told = result["results"][name].get(f"{metric},{filtered}")
+                if values and isinstance(told, int | float) and math.isclose(fmean(values.values()), told, abs_tol=1e-9):
+                    task[metric if len(filters) == 1 else f"{metric},{filtered}"] = values
     return found

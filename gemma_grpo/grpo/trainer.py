@@ -177,6 +177,7 @@ class GRPOTrainer(Preparation):
             self.view.phase("tasks", f"{len(tasks)}, before and after")
             size = self.config.num_generations  # as many texts as are sampled of one prompt
             result["tasks"] = evaluate_tasks(self.model, tasks, limit=task_limit, batch_size=size, seed=self.config.seed)
+            self._warn(*(f"task {name}: no metric of it is a mean over questions" for name, found in result["tasks"].items() if not found))
             self.run.write_json("evaluation.json", result)
         self.run.event("phase", name="evaluation", seconds=time.perf_counter() - started)
         return result

@@ -53,7 +53,7 @@ STYLES = {
     "kl_sequence": Style("KL per reply", 2, 0, "nat, to the untouched model"),
     "length": Style("length", 1, 0, "tokens"),
     "refusal_harmful": Style("refuses harmful requests", 0, 1, "share of replies", percent=True),
-    "refusal_looks_harmful": Style("refuses what only looks harmful", 0, -1, "share of replies; nothing scores them", percent=True),
+    "refusal_looks_harmful": Style("refuses what only looks harmful", 0, -1, "share of replies", percent=True),
     "refusal_benign": Style("refuses benign requests", 0, -1, "share of replies", percent=True),
 }
 
@@ -135,12 +135,11 @@ def verdict(evaluation: Mapping[str, Any]) -> Verdict | None:
     tone, headline = _words(name, judge, one.sure * STYLES[name].better)
     missing = [f"{STYLES[named].title}, by which this run was to be judged, was not measured."] if named and name != named else []
     further = [*([_CAUTIONS[judge]] if judge in _CAUTIONS else []), *_further(evaluation)]
-    return Verdict(
-        tone, headline, _sentence(_TITLES.get(name, STYLES[name].title), one, STYLES[name]), further, [*missing, *_warnings(evaluation)]
-    )
+    return Verdict(tone, headline, _sentence(_title(name).capitalize(), one, STYLES[name]), further, [*missing, *_warnings(evaluation)])
 
 
-_TITLES = {"gold": "Gold", "witness": "Held-out judge", "reward": "Reward", "win_rate": "Win rate", "win_rate_chosen": "Win rate, dataset"}
+def _title(name: str) -> str:
+    return "reward" if name == "reward" else STYLES[name].title
 
 
 def _judged_by(name: str, evaluation: Mapping[str, Any]) -> str:
@@ -157,8 +156,7 @@ def _words(name: str, judge: str, change: int) -> tuple[str, str]:
         return ("good", "Better.") if change > 0 else ("bad", "Worse.")
     if name in _RULES:  # counted by their words: a policy that refuses everything refuses what is harmful too
         return ("unclear", "Refusals changed as they should.") if change > 0 else ("bad", "Refusals changed for the worse.")
-    title = {"witness": "The held-out judge", "reward": "The reward"}.get(name, f"The {STYLES[name].title}")
-    return ("unclear", f"{title} rose.") if change > 0 else ("bad", f"{title} fell.")
+    return ("unclear", f"The {_title(name)} rose.") if change > 0 else ("bad", f"The {_title(name)} fell.")
 
 
 @dataclass(frozen=True, slots=True)

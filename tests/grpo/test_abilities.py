@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma_grpo.grpo.abilities import INSTALL, check_tasks, evaluate_tasks
+from gemma_grpo.grpo.abilities import INSTALL, _answers, check_tasks, evaluate_tasks
 
 WHY = "lm-eval is not installed: pip install 'gemma-grpo[tasks]'"
 installed = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason=WHY)
@@ -23,7 +23,7 @@ def little_task(folder: Path, questions: int = 12) -> dict[str, Any]:
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}}, "test_split": "test"}
     text = {"doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}", "target_delimiter": ""}
-    metric = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+    metric = {"metric": "acc"}  # how it is summed up is the harness's default
     return {"task": "little", "output_type": "multiple_choice", **data, **text, "metric_list": [metric]}
 
 
@@ -54,6 +54,19 @@ def test_both_sides_answer_the_same_questions(new_gemma: Any, tmp_path: Path, mo
     assert found["interval"][0] <= found["gain"] <= found["interval"][1]
     few = evaluate_tasks(model, [little_task(tmp_path)], limit=5, batch_size=4, seed=0)["little"]["acc"]
     assert few["n"] == 5
+
+
+def test_filters_are_told_apart_and_what_is_no_mean_is_left_out() -> None:
+    def row(doc: int, filtered: str, match: float) -> dict[str, Any]:
+        return {"doc_id": doc, "filter": filtered, "metrics": ["match", "perplexity"], "match": match, "perplexity": -3.0}
+
+    rows = [row(n, filtered, value) for n in (0, 1) for filtered, value in (("strict", 0.0), ("flexible", float(n)))]
+    told = {"match,strict": 0.0, "match,flexible": 0.5, "perplexity,strict": 20.1, "perplexity,flexible": 20.1}
+    found = _answers({"samples": {"t": rows}, "results": {"t": told}})
+    assert found == {"t": {"match,strict": {0: 0.0, 1: 0.0}, "match,flexible": {0: 0.0, 1: 1.0}}}
+    alone = _answers({"samples": {"t": rows[::2]}, "results": {"t": told}})
+    assert found["t"]["match,strict"] == alone["t"]["match"]
+    assert _answers({"samples": {"t": rows[:1]}, "results": {"t": {}}}) == {"t": {}}
 
 
 @installed
