@@ -12,22 +12,27 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gemma_grpo.redact import holds_secret
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 TOO_MANY = 10**18
 """No whole number here reaches it: recipes are read with up to 18 digits, and nothing counts as far."""
 Count = Annotated[int, Field(ge=1, lt=TOO_MANY)]
 Whole = Annotated[int, Field(ge=0, lt=TOO_MANY)]
-Weight = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Stage(BaseModel):
     """Base of every stage's settings."""
 
     # hide_input_in_errors: pydantic's own text would quote a secret that was given by mistake
+    # allow_inf_nan: no setting means anything without a size, and a recipe writes .inf as a text that it reads back as a tag
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), hide_input_in_errors=True
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        hide_input_in_errors=True,
+        allow_inf_nan=False,
     )
 
 
@@ -232,7 +237,7 @@ class MemorySettings(Stage):
 class WatchdogSettings(Stage):
     """Says what is waited for when a phase of a step takes far longer than it used to; it never ends anything."""
 
-    factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = 10.0
+    factor: Annotated[float, Field(gt=1)] | None = 10.0
     """Times its own median that a phase may take before a line says so; null switches the watchdog off."""
     floor_seconds: Positive = 60.0
     """No line before so many seconds; ten times as many for a phase whose usual length is not known yet."""
@@ -272,7 +277,7 @@ class GRPOConfig(Stage):
     """Hub id or folder of a Gemma 3 checkpoint; "miniature" is the tiny one that ships with the package."""
     dataset: str = "Anthropic/hh-rlhf"
     """Hub id or file of preference pairs or prompts; "miniature" is the shipped world."""
-    reward: dict[str, Weight] | None = None
+    reward: dict[str, float] | None = None
     """Reward name -> weight; null takes the trained generative reward with small rules against degenerate text."""
     output_dir: str | None = None
     """Run directory; null makes runs/<model>-<dataset>-<number>."""

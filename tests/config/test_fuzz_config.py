@@ -147,6 +147,14 @@ def test_the_words_of_a_command_line_are_a_config_or_named_mistakes(folder: Path
         check(config, folder)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")], ids=str)
+@pytest.mark.parametrize("name", [*NAMES, "reward.length"])
+def test_no_setting_is_infinite_or_not_a_number(name: str, value: float) -> None:
+    with pytest.raises(ConfigError) as refused:
+        build_config({name: value})
+    check_refused(refused.value, {"keyword", "defaults"})
+
+
 # ---- settings that go together
 
 SMALL = st.sampled_from([0.0, 0.01, 0.05, 0.2, 1.0])
