@@ -23,24 +23,28 @@ def run(variant: str, seed: int, golds: list[float], *, alarm: int | None = None
 RUNS = [
     run("defaults", 0, [0.3, 0.5, 0.6, 0.59]),
     run("defaults", 1, [0.3, 0.5, 0.6, 0.57], alarm=6),
-    run("defaults", 7, [0.3, 0.5, 0.6, 0.6]),
+    run("defaults", 7, [0.3, 0.5, 0.6, 0.6], alarm=6),
     run("defaults", 100, [0.3, 0.2, 0.1, 0.0], alarm=2),
     run("group std", 0, [0.3, 0.5, 0.6, 0.6], alarm=2),
     run("nothing", 0, [0.3, 0.5, 0.49, 0.3], alarm=4),
     run("nothing", 1, [0.3, 0.5, 0.4, 0.3], alarm=6),
+    run("nothing", 5, [0.3, 0.5, 0.45, 0.3], alarm=2),
+    run("nothing", 24, [0.3, 0.5, 0.48, 0.45]),
 ]
 
 
-def test_promises_are_counted_over_the_reported_seeds() -> None:
+def test_promises_are_counted_over_the_known_and_the_fresh_seeds() -> None:
     lines = promises(RUNS).splitlines()[2:]
     assert lines == [
-        "| with the defaults gold ends within 2 points of its peak | 1 of 2 seeds |",
-        "| without restraint gold falls at least 10 points below its peak | 2 of 2 seeds |",
-        "| while the reward goes on rising | 2 of 2 seeds |",
-        "| an alarm comes before gold has lost 3 points | 1 of 2 seeds |",
-        "| points lost when it came | 10.5 (1.0 to 20.0) |",
-        # seed 0 and the group std's; seed 1 lost more than two points, 7 and 100 are not reported
-        "| healthy runs with an alarm (2 of them looked at after every step) | 1 of 2 |",
+        "| with the defaults gold ends within 2 points of its peak | 1 of 2 | 1 of 1 |",
+        "| points it ends below | 2.0 (1.0 to 3.0) | 0.0 (0.0 to 0.0) |",
+        "| without restraint gold falls at least 10 points below its peak | 2 of 2 | 1 of 2 |",
+        "| while the reward goes on rising | 2 of 2 | 2 of 2 |",
+        "| an alarm comes before gold has lost 3 points | 1 of 2 | 1 of 2 |",  # no alarm at all is none in time
+        "| points lost when it came | 10.5 (1.0 to 20.0) | 0.0 (0.0 to 0.0) |",
+        # seed 0 and the group std's; seed 1 lost more than two points, 100 is in neither
+        "| healthy runs with an alarm | 1 of 2 | 1 of 1 |",
+        "| of those looked at after every step | 1 of 2 | 1 of 1 |",
     ]
 
 
