@@ -8,6 +8,7 @@ readers can part (jfly.uni-koeln.de/color). A page may set --chart-1 to --chart-
 from __future__ import annotations
 
 import io
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -60,9 +61,10 @@ def curve(
     reference: float | None = None,
     marks: Sequence[float] = (),
     width: float = 3.4,
+    hover: bool = False,
 ) -> str:
     """Lines over steps. Long, noisy series get a faint raw line under a bold running mean. `reference` is a dashed level, `marks` are
-    places on the x axis that get a dotted upright line.
+    places on the x axis that get a dotted upright line. With `hover` the drawing says in data- attributes where its numbers lie.
 
     `width` is in inches of the drawing's own scale; the page may show it at any size.
     """
@@ -80,7 +82,8 @@ def curve(
         axes.set_ylabel(_plain(unit), parse_math=False)
         axes.set_xlabel(_plain(x_label), parse_math=False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-        return _svg(figure, title)
+        svg = _svg(figure, title)
+        return svg.replace("<svg ", f"<svg {_hover(figure, axes, series)} ", 1) if hover else svg
 
 
 def calibration_curve(points: Sequence[tuple[float, float, float]], title: str) -> str:
@@ -175,6 +178,22 @@ def _label_ends(axes: Axes, series: Sequence[Series]) -> None:
         )  # fmt: skip
 
 
+def _hover(figure: Figure, axes: Axes, series: Sequence[Series]) -> str:
+    """Where the axes lie in the drawing's units, what they reach, and the numbers drawn: for a script that reads them out."""
+    place, width, height = axes.get_position(), *(72 * side for side in figure.get_size_inches())
+    box = (place.x0 * width, (1 - place.y1) * height, place.x1 * width, (1 - place.y0) * height)
+    lines = [
+        {"label": _plain(one.label), "x": _thin(list(map(float, one.x))), "y": list(map(_whole, _thin(list(map(_number, one.y)))))}
+        for one in series
+    ]
+    told = {"box": [round(side, 2) for side in box], "limits": [*axes.get_xlim(), *axes.get_ylim()], "lines": lines}
+    return f'data-hover="{escape(json.dumps(told))}"'
+
+
+def _whole(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 def _svg(figure: Figure, title: str) -> str:
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_figure(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -188,6 +207,7 @@ def _inline(document: str, title: str) -> str:
     svg = re.sub(r'<style type="text/css">.*?</style>', "", svg, flags=re.S)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r"font-family: [^;]*;", "font-family: inherit;", svg)
+    svg = re.sub(r' style="([^"]*)"', _as_attributes, svg)
     svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]).replace(" \n", " "), svg)
     view_box = re.search(r'viewBox="[^"]*"', svg)
     name = escape(_plain(title))
@@ -196,6 +216,12 @@ def _inline(document: str, title: str) -> str:
     for index, colour in enumerate(_COLOURS, start=1):
         svg = svg.replace(colour, f"var(--chart-{index}, {colour})")
     return svg.replace(_INK, "currentColor").strip()
+
+
+def _as_attributes(style: re.Match[str]) -> str:
+    """A style as attributes of its own: a page whose security policy takes no style in its text shows those."""
+    parts = (part.split(":", 1) for part in style[1].split(";") if ":" in part)
+    return "".join(f' {name.strip()}="{value.strip()}"' for name, value in parts)
 
 
 def _plain(text: str) -> str:

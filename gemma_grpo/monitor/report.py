@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -21,40 +20,15 @@ from markupsafe import Markup
 from gemma_grpo.containment import link_out
 from gemma_grpo.escapes import visible
 from gemma_grpo.monitor import findings, watched
-from gemma_grpo.monitor.charts import Chart, Series, calibration_curve, curve
+from gemma_grpo.monitor.charts import Chart, calibration_curve
+from gemma_grpo.monitor.frontier_chart import frontier_chart
 from gemma_grpo.monitor.profile_table import TITLE, profile_notes, profile_rows
+from gemma_grpo.monitor.run_charts import Lines, charts, training_panels, watched_panels
 from gemma_grpo.monitor.run_files import Record, RunFiles, read_run_files, real, records
-from gemma_grpo.monitor.watch_charts import watch_charts
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 _SHOWN_GROUPS = 3
 _TOLD_EVENTS = ("warn", "rollback", "error", "note")
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """A metric worth a curve: what to call it, its unit and one sentence on how to read it."""
-
-    metric: str
-    title: str
-    unit: str
-    caption: str
-    spread: str = ""
-
-
-_PANELS = (
-    Panel("reward", "Reward", "reward", "Mean over completions; the band is one standard deviation.", spread="reward_std"),
-    Panel("kl", "KL to the reference", "nat / token", "How far the policy has moved from the untouched model."),
-    Panel("entropy", "Entropy", "nat / token", "Falling fast means the policy stops exploring."),
-    Panel("completions/mean_length", "Length", "tokens", "A rise towards the limit is a usual sign of reward hacking."),
-    Panel("completions/clipped_ratio", "Cut off", "share", "Completions that reached the length limit."),
-    Panel("beta", "Beta", "1 / nat", "Weight of the KL penalty; the controller moves it."),
-    Panel("frac_reward_zero_std", "Groups without a signal", "share", "All completions scored the same: nothing to learn from them."),
-    Panel("kl_step", "KL of one step", "nat / token", "To the policy that sampled; above the step limit an update is rolled back."),
-    Panel("sampling_gap", "Sampler against trainer", "nat", "Largest difference of their log-probabilities; should be near zero."),
-    Panel("grad_norm", "Gradient norm", "", "Before clipping."),
-    Panel("loss", "Loss", "", "Near zero by construction; it says nothing about progress. Watch the reward."),
-)
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -95,6 +69,8 @@ def _template() -> Template:
 def _context(files: RunFiles) -> dict[str, Any]:
     calibration = files.calibration
     baselines = _mappings(files.evaluation.get("baselines"))
+    lines = Lines(files.name, files.metrics, files.looks)
+    frontier = frontier_chart(files.evaluation.get("frontier"))
     return {
         "files": files,
         "verdict": findings.verdict(files.evaluation),
@@ -109,8 +85,8 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "show_interval": findings.show_interval,
         "accuracies": _accuracies(calibration),
         "calibration_chart": _calibration_chart(calibration),
-        "curves": _curves(files.metrics),
-        "watched_charts": watch_charts(files),
+        "curves": charts(training_panels(files.metrics), lines),
+        "watched_charts": [*charts(watched_panels(files.looks), lines), *([frontier] if frontier else [])],
         "parting": watched.parting_lines(watched.parting(files.looks)),
         "alarms": [one for look in files.looks for one in records(look.get("alarms"))],
         "serious": len(watched.alarm_marks(files.looks)),
@@ -195,26 +171,6 @@ def _calibration_chart(calibration: Record) -> Chart | None:
         return None
     title = "Calibration on held-out pairs"
     return Chart(title, "On the dashed line a probability means what it says.", Markup(calibration_curve(points, title)))
-
-
-def _curves(metrics: Sequence[Record]) -> list[Chart]:
-    numbered = [(step, line) for line in metrics if (step := real(line.get("step"))) is not None]
-    steps, lines = [step for step, _ in numbered], [line for _, line in numbered]
-    parts = sorted({name for line in lines for name in line if name.startswith("rewards/") and name.endswith("/mean")})
-    panels = list(_PANELS)
-    if len(parts) > 1:
-        panels[1:1] = [
-            Panel(name, f"Reward part: {name[8:-5]}", "reward", "Raw value before weighting.", name[:-4] + "std") for name in parts
-        ]
-    charts = []
-    for panel in panels:
-        values = [real(line.get(panel.metric)) for line in lines]
-        if all(value is None for value in values):
-            continue
-        spread = [real(line.get(panel.spread)) for line in lines] if panel.spread and any(panel.spread in line for line in lines) else None
-        svg = curve([Series(panel.title, steps, values, spread)], panel.title, panel.unit)
-        charts.append(Chart(panel.title, panel.caption, Markup(svg)))
-    return charts
 
 
 def _phases(files: RunFiles) -> list[tuple[str, float]]:

@@ -74,6 +74,16 @@ def real(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def parse_object(text: str | bytes) -> Record | None:
+    """The JSON object that a text is, or None."""
+    try:
+        # NaN and Infinity are not JSON; a file that holds them was not written by events.py
+        data = json.loads(text, parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+        return None
+    return data if isinstance(data, dict) else None
+
+
 def records(value: Any) -> list[Record]:
     """The objects of a list, or an empty list."""
     return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
@@ -90,8 +100,8 @@ def _object(path: Path, problems: list[str]) -> Record:
     text = _text(path, problems)
     if not text:
         return {}
-    data = _parse(text)
-    if not isinstance(data, dict):
+    data = parse_object(text)
+    if data is None:
         problems.append(f"{path.name} is damaged: it is not a JSON object.")
         return {}
     return data
@@ -105,8 +115,8 @@ def _lines(path: Path, problems: list[str]) -> Iterator[Record]:
     damaged = 0
     with path.open(encoding="utf-8", errors="replace", newline="\n") as log:
         for line in log:
-            data = _parse(line)
-            if isinstance(data, dict):
+            data = parse_object(line)
+            if data is not None:
                 yield data
             else:
                 damaged += line.endswith("\n")
@@ -123,11 +133,3 @@ def _groups(path: Path, problems: list[str]) -> tuple[list[Record], list[Record]
             first.append(line)
         last.append(line)
     return first, [line for line in last if line.get("step") == last[-1].get("step")]
-
-
-def _parse(text: str) -> Any:
-    try:
-        # NaN and Infinity are not JSON; a file that holds them was not written by events.py
-        return json.loads(text, parse_constant=lambda _: None)
-    except (ValueError, RecursionError):
-        return None

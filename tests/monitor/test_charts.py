@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
+import json
 import math
+import re
 import subprocess
 import sys
 from xml.etree import ElementTree
@@ -24,7 +27,7 @@ def texts(svg: str) -> list[str]:
 
 def lines(svg: str) -> int:
     """Drawn lines, known by their colour."""
-    return svg.count("stroke: var(--chart-")
+    return svg.count('stroke="var(--chart-')
 
 
 def test_the_same_numbers_give_the_same_bytes_in_another_process() -> None:
@@ -110,4 +113,33 @@ def test_points_keep_their_kinds_names_and_what_is_fitted_to_them() -> None:
 
 def test_marks_are_uprights_over_the_curve() -> None:
     plain, marked = (curve([Series("a", [0, 1, 2], [1.0, 2.0, 3.0])], "T", "u", marks=marks) for marks in ((), (1.0,)))
-    assert marked.count("stroke-dasharray: 1,2") == plain.count("stroke-dasharray: 1,2") + 1
+    assert marked.count('stroke-dasharray="1,2"') == plain.count('stroke-dasharray="1,2"') + 1
+
+
+def test_no_drawing_has_a_style_that_a_strict_page_would_drop() -> None:
+    svg = curve([Series("a", [1, 2, 3], [0.1, 0.3, 0.2], [0.1, 0.1, 0.1])], "t", "u", marks=[2], reference=0.2)
+    assert "style" not in svg
+    assert 'stroke="var(--chart-1' in svg
+    assert 'fill-opacity="0.18"' in svg
+    assert 'font-size="9px"' in svg
+
+
+def test_hover_tells_where_the_numbers_lie() -> None:
+    series = [Series('a"<b>', [0, 10], [1.0, 3.0]), Series("b", [0, 5, 10], [1.0, None, 2.0])]
+    drawn = curve(series, "t", "u", hover=True)
+    told = json.loads(html.unescape(re.search(r'data-hover="([^"]*)"', drawn)[1]))  # type: ignore[index]
+    assert [line["label"] for line in told["lines"]] == ['a"<b>', "b"]
+    assert told["lines"][1] == {"label": "b", "x": [0, 5, 10], "y": [1.0, None, 2.0]}
+    left, top, right, bottom = told["box"]
+    low_x, high_x, low_y, high_y = told["limits"]
+    path = re.search(r'<path d="M ([\d.]+) ([\d.]+) L ([\d.]+) ([\d.]+)\s*"[^>]*stroke="var\(--chart-1', drawn)
+    assert path is not None
+    x0, y0, x1, y1 = map(float, path.groups())  # the first line's own ends, in the drawing's units
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return left + (x - low_x) / (high_x - low_x) * (right - left), bottom - (y - low_y) / (high_y - low_y) * (bottom - top)
+
+    assert place(0, 1.0) == pytest.approx((x0, y0), abs=0.05)
+    assert place(10, 3.0) == pytest.approx((x1, y1), abs=0.05)
+
+    assert "data-hover" not in curve(series, "t", "u")
