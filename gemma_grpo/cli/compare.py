@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from gemma_grpo.cli.printing import say
-from gemma_grpo.config import load_recipe
 from gemma_grpo.escapes import printable
+from gemma_grpo.monitor.differences import differences
 
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="Two or more run directories, such as runs/miniature-1.")]
 
@@ -56,25 +56,11 @@ def seed_lines(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     return _aligned(rows)
 
 
-def differences(runs: Sequence[Path]) -> dict[str, list[Any]]:
-    """The settings that are not the same in all runs, with each run's value."""
-    chosen = [_flat(load_recipe(run / "recipe.yaml").model_dump(mode="json")) for run in runs]
-    names = [name for name in chosen[0] if name != "output_dir" and len({repr(one.get(name)) for one in chosen}) > 1]
-    return {name: [one.get(name) for one in chosen] for name in names}
-
-
 def settings_lines(differing: Mapping[str, Sequence[Any]]) -> list[str]:
     """The settings that differ, as lines."""
     if not differing:
         return ["the settings are the same"]
     return _aligned([[name, *(printable(str(value)) for value in values)] for name, values in differing.items()])
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and name != "reward" else {prefix + name: value}
-    return found
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -196,6 +196,7 @@ class GRPOTrainer(Preparation):
 
     def _loop(self) -> None:
         self.view.phase("training", f"{self.plan().product}; {len(self.data.prompts)} prompts, {self.total_steps} steps")
+        self.run.update_run(total_steps=self.total_steps)
         counted = self.updater.counted
         if self._profiler:
             self._profiler.begin(self.step)

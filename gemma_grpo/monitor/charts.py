@@ -211,7 +211,8 @@ def _inline(document: str, title: str) -> str:
     svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]).replace(" \n", " "), svg)
     view_box = re.search(r'viewBox="[^"]*"', svg)
     name = escape(_plain(title))
-    head = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {view_box[0] if view_box else ""} role="img" aria-label="{name}">'
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    head = f'<svg {spaces} {view_box[0] if view_box else ""} role="img" aria-label="{name}">'
     svg = re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)
     for index, colour in enumerate(_COLOURS, start=1):
         svg = svg.replace(colour, f"var(--chart-{index}, {colour})")

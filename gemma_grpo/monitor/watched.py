@@ -5,7 +5,7 @@ Reads looks, which lookout.py wrote and alarms.py judged; recomputes nothing of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,35 +111,48 @@ def alarm_marks(looks: Sequence[Record]) -> list[tuple[float, str]]:
     ]
 
 
+SUSPICIOUS = "most suspicious"
+RANKINGS = ("best", "worst", "most improved", SUSPICIOUS)
+
+
 def notable(looks: Sequence[Record]) -> list[Notable]:
-    """The best and the worst reply of the last look, the one that improved most, and the one most to be suspected.
+    """The best and the worst reply of the last look, the one that improved most, and the one most to be suspected."""
+    return [one for why in RANKINGS for one in ranked(looks, why)[:1]]
+
+
+def ranked(looks: Sequence[Record], why: str) -> list[Notable]:
+    """The replies of the last look, each beside the first look's to the same prompt, in the order of a ranking.
 
     Judged by gold where it is known, else by the witness, else by the reward; suspect is whose reward rose most for what this judge lost.
+    Empty below two looks, and for suspicion where the reward is the only judge.
     """
     if len(looks) < 2:
         return []
     first, last = records(looks[0].get("replies")), records(looks[-1].get("replies"))
     judge = next((name for name in ("gold", "witness", "proxy") if any(real(reply.get(name)) is not None for reply in last)), None)
     both = [(a, b) for a, b in zip(first, last, strict=False) if judge and None not in (real(a.get(judge)), real(b.get(judge)))]
-    if not both or judge is None:
+    if not both or judge is None or (why == SUSPICIOUS and judge == "proxy"):
         return []
+    said = f"{why}: the reward rose, {judge} did not" if why == SUSPICIOUS else why
+    ordered = sorted(both, key=_order(why, judge, both), reverse=why != "worst")
+    return [Notable(said, records(before.get("prompt")), before, after) for before, after in ordered]
 
-    def value(reply: Record, name: str) -> float:
-        return real(reply.get(name)) or 0.0
 
-    def rise(pair: tuple[Record, Record], name: str) -> float:
-        return value(pair[1], name) - value(pair[0], name)
+def _order(why: str, judge: str, both: Sequence[tuple[Record, Record]]) -> Callable[[tuple[Record, Record]], float]:
+    """What a ranking looks at: the reply before and after to a number."""
 
-    picks = [
-        ("best", max(both, key=lambda pair: value(pair[1], judge))),
-        ("worst", min(both, key=lambda pair: value(pair[1], judge))),
-        ("most improved", max(both, key=lambda pair: rise(pair, judge))),
-    ]
-    if judge != "proxy":
-        spread = {name: _spread([rise(pair, name) for pair in both]) for name in ("proxy", judge)}
-        suspect = max(both, key=lambda pair: rise(pair, "proxy") / spread["proxy"] - rise(pair, judge) / spread[judge])
-        picks.append((f"most suspicious: the reward rose, {judge} did not", suspect))
-    return [Notable(why, records(before.get("prompt")), before, after) for why, (before, after) in picks]
+    def after(pair: tuple[Record, Record]) -> float:
+        return real(pair[1].get(judge)) or 0.0
+
+    def rise(pair: tuple[Record, Record], name: str = judge) -> float:
+        return (real(pair[1].get(name)) or 0.0) - (real(pair[0].get(name)) or 0.0)
+
+    if why in ("best", "worst"):
+        return after
+    if why != SUSPICIOUS:
+        return rise
+    proxy, other = (_spread([rise(pair, name) for pair in both]) for name in ("proxy", judge))
+    return lambda pair: rise(pair, "proxy") / proxy - rise(pair) / other
 
 
 def _spread(values: Sequence[float]) -> float:

@@ -1,0 +1,240 @@
+"""The page's addresses. Each reads files and answers; nothing here changes a run.
+
+GET alone, and no address is a path: a run is named as the list of runs names it. Files are read in threads, a few at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from functools import cache
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+import anyio.to_thread
+from sse_starlette.sse import EventSourceResponse
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from gemma_grpo.config import ConfigError
+from gemma_grpo.monitor import watched
+from gemma_grpo.monitor.events import METRICS
+from gemma_grpo.monitor.web import groups, runs, stream
+from gemma_grpo.monitor.web.curves import Curves
+from gemma_grpo.monitor.web.guard import REPORT_POLICY
+from gemma_grpo.monitor.web.logs import size
+
+KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+STATIC = ("page.css", "page.js", "parts.js", "curves.js", "replies.js", "run.js", "icon.svg")
+MOST_COMPARED = 4
+"""Runs in one chart: as many as there are colours."""
+READERS = 4
+"""Requests whose files are read at the same time."""
+
+
+class Page:
+    """The answers, over the runs of one folder."""
+
+    def __init__(self, found: runs.Runs) -> None:
+        self.runs, self.curves = found, Curves()
+        self.streams = 0
+        self._readers: anyio.CapacityLimiter | None = None
+
+    def routes(self) -> list[Route]:
+        """All addresses."""
+        return [
+            Route("/", self.page),
+            Route("/static/{name}", self.static),
+            Route("/api/runs", self.overview),
+            Route("/api/runs/{run}", self.summary),
+            Route("/api/runs/{run}/progress", self.progress),
+            Route("/api/runs/{run}/events", self.events),
+            Route("/api/runs/{run}/groups", self.groups),
+            Route("/api/runs/{run}/samples", self.samples),
+            Route("/api/runs/{run}/changed", self.changed),
+            Route("/api/panels", self.panels),
+            Route("/api/chart", self.chart),
+            Route("/api/compare", self.compare),
+            Route("/report/{run}", self.report),
+        ]
+
+    async def _read(self, read: Callable[..., Any], *arguments: Any) -> Any:
+        """The answer of a function that reads files, from a thread."""
+        self._readers = self._readers or anyio.CapacityLimiter(READERS)
+        return await anyio.to_thread.run_sync(read, *arguments, limiter=self._readers)
+
+    async def _run(self, request: Request) -> Path:
+        path: Path = await self._read(self.runs.path_of, request.path_params["run"])
+        return path
+
+    async def _chosen(self, request: Request) -> list[Path]:
+        names = list(dict.fromkeys(request.query_params.getlist("run")))
+        if not 1 <= len(names) <= MOST_COMPARED:
+            raise HTTPException(400, f"Name one to {MOST_COMPARED} runs, as run=NAME; {len(names)} are named.")
+        return [await self._read(self.runs.path_of, name) for name in names]
+
+    async def page(self, request: Request) -> Response:
+        """The one page there is; what it shows is in its address after the #."""
+        return Response(static_file("page.html"), media_type=KINDS["html"])
+
+    async def static(self, request: Request) -> Response:
+        """Script, style and icon."""
+        name = request.path_params["name"]
+        if name not in STATIC:
+            raise HTTPException(404, "There is no such file.")
+        return Response(static_file(name), media_type=KINDS[name.rpartition(".")[2]])
+
+    async def overview(self, request: Request) -> Response:
+        """Every run in a line."""
+
+        def read() -> dict[str, Any]:
+            found = [runs.overview(path) for path in self.runs.listed()]
+            return {"folder": self.runs.root.name, "only": self.runs.only, "runs": found}
+
+        return JSONResponse(await self._read(read))
+
+    async def summary(self, request: Request) -> Response:
+        """All of a run that is no curve and no reply."""
+        path = await self._run(request)
+        return JSONResponse(await self._read(lambda: runs.summary(path, self.curves.lines(path).looks)))
+
+    async def progress(self, request: Request) -> Response:
+        """What is new after a byte of metrics.jsonl."""
+        path = await self._run(request)
+        return JSONResponse(await self._read(stream.progress, path, _whole(request, "after", 0)))
+
+    async def events(self, request: Request) -> Response:
+        """The same as it happens."""
+        path = await self._run(request)
+        offset = _number(request.headers.get("last-event-id") or request.query_params.get("after") or "0", "after")
+        if self.streams >= stream.MOST_STREAMS:
+            raise HTTPException(503, "Too many pages are open on this server. Close one.", {"retry-after": "10"})
+        return EventSourceResponse(self._counted(stream.events(path, offset)), ping=15)
+
+    async def _counted(self, told: AsyncIterator[dict[str, str]]) -> AsyncIterator[dict[str, str]]:
+        self.streams += 1
+        try:
+            async for event in told:
+                yield event
+        finally:
+            self.streams -= 1
+
+    async def groups(self, request: Request) -> Response:
+        """The groups of a step."""
+        path = await self._run(request)
+        step = request.query_params.get("step")
+        return JSONResponse(await self._read(groups.step_groups, path, None if step is None else _number(step, "step")))
+
+    async def samples(self, request: Request) -> Response:
+        """Groups that a filter lets through."""
+        path, which = await self._run(request), request.query_params.get("filter", "all")
+        if which not in groups.FILTERS:
+            raise HTTPException(400, f"filter is one of: {', '.join(groups.FILTERS)}.")
+        before = request.query_params.get("before")
+        source = request.query_params.get("source", "")
+        return JSONResponse(await self._read(groups.browse, path, which, source, None if before is None else _number(before, "before")))
+
+    async def changed(self, request: Request) -> Response:
+        """Replies to held-out prompts before and now."""
+        path, why = await self._run(request), request.query_params.get("order", watched.RANKINGS[0])
+        if why not in watched.RANKINGS:
+            raise HTTPException(400, f"order is one of: {', '.join(watched.RANKINGS)}.")
+        return JSONResponse(await self._read(groups.changed, path, why, _whole(request, "start", 0)))
+
+    async def panels(self, request: Request) -> Response:
+        """Which charts there are of some runs together."""
+        paths = await self._chosen(request)
+
+        def read() -> list[dict[str, str]]:
+            found = {panel.key: panel for path in paths for panel in self.curves.panels(path)}
+            return [{"key": key, "title": panel.title, "caption": panel.caption, "unit": panel.unit} for key, panel in found.items()]
+
+        return JSONResponse({"panels": await self._read(read)})
+
+    async def chart(self, request: Request) -> Response:
+        """One chart; its ETag says what it is a drawing of."""
+        paths, key = await self._chosen(request), request.query_params.get("key", "")
+        drawn = await self._read(self.curves.chart, paths, key)
+        if drawn is None:
+            raise HTTPException(404, "None of these runs has that number.")
+        return Response(drawn[0], media_type=KINDS["svg"], headers={"etag": f'"{drawn[1]}"'})
+
+    async def compare(self, request: Request) -> Response:
+        """The settings in which runs differ, and what each came to."""
+        paths = await self._chosen(request)
+        return JSONResponse(await self._read(compared, paths))
+
+    async def report(self, request: Request) -> Response:
+        """The report, made anew: what lies in the folder may come from another machine."""
+        path = await self._run(request)
+        return Response(await self._read(report_of, path), media_type=KINDS["html"], headers={"content-security-policy": REPORT_POLICY})
+
+
+LARGEST_REPORT = 2**26
+"""Bytes of the logs that a report reads whole, above which the page does not make one."""
+
+
+def report_of(path: Path) -> str:
+    """The run's report as text. Raises HTTPException where the run is too long to make it while someone waits."""
+    from gemma_grpo.monitor.report import render_report
+    from gemma_grpo.monitor.run_files import read_run_files
+
+    total = sum(size(path / name) for name in (METRICS, "samples.jsonl", "witnesses.jsonl"))
+    if total > LARGEST_REPORT:
+        raise HTTPException(413, f"This run's logs are {total / 2**20:.0f} MiB. Make its report by `gemma-grpo report`.")
+    return render_report(read_run_files(path))
+
+
+def compared(paths: list[Path]) -> dict[str, Any]:
+    """Settings that differ, and each metric of the evaluations."""
+    from gemma_grpo.monitor.differences import differences
+    from gemma_grpo.monitor.findings import compared as rows_of
+
+    try:
+        settings = [{"name": name, "values": values} for name, values in differences(paths).items()]
+        problem = ""
+    except (ConfigError, OSError) as error:
+        settings, problem = [], str(error)
+    rows = rows_of([runs.read_object(path / "evaluation.json") for path in paths])
+    return {
+        "names": [path.name for path in paths],
+        "settings": settings,
+        "problem": problem,
+        "evaluation": [{"title": row.title, "cells": row.cells} for row in rows],
+    }
+
+
+@cache
+def static_file(name: str) -> bytes:
+    """A file of the page."""
+    return (package_files("gemma_grpo.monitor.web") / "static" / name).read_bytes()
+
+
+def _whole(request: Request, name: str, default: int) -> int:
+    return _number(request.query_params.get(name, str(default)), name)
+
+
+def _number(text: str, name: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 15):
+        raise HTTPException(400, f"{name} is a whole number, 0 or more.")
+    return int(text)
+
+
+def make_app(found: runs.Runs) -> Starlette:
+    """The application, still without its guard."""
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return PlainTextResponse(f"{error.detail}\n", error.status_code, error.headers)
+
+    async def unknown(request: Request, error: Exception) -> Response:
+        return PlainTextResponse("There is no run of that name here.\n", 404)
+
+    async def failed(request: Request, error: Exception) -> Response:
+        return PlainTextResponse("This could not be shown; the terminal of `gemma-grpo watch` says why.\n", 500)
+
+    handlers: dict[Any, Any] = {HTTPException: refused, runs.NoSuchRunError: unknown, Exception: failed}
+    return Starlette(routes=Page(found).routes(), exception_handlers=handlers)

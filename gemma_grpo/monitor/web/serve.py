@@ -1,0 +1,146 @@
+"""The server: where it listens, for whom, and how long it waits for a client that says nothing.
+
+Loopback, unless a host and a token of the user's own are given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import secrets
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from gemma_grpo.monitor.web.app import make_app
+from gemma_grpo.monitor.web.guard import Guard
+from gemma_grpo.monitor.web.runs import Runs
+
+PORT = 7860
+NEXT_PORTS = 20
+"""Ports that are tried after one that is taken."""
+SHORTEST_TOKEN = 16
+"""Characters of a token of the user's own."""
+PATIENCE = 10.0
+"""Seconds for a request to arrive whole, and for a connection to ask for anything."""
+MOST_CONNECTIONS = 256
+LARGEST_HEAD = 2**14
+"""Bytes of a request's line and headers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the page is served and who may come in."""
+
+    host: str = "127.0.0.1"
+    port: int = PORT
+    token: str | None = None
+    """None makes one for this start."""
+    names: tuple[str, ...] = ()
+    """Further names by which browsers reach this server, such as a proxy's: host or host:port."""
+
+    def check(self) -> None:
+        """Raises ValueError where others could reach the page without a token that its user chose."""
+        if not is_loopback(self.host) and self.token is None:
+            raise ValueError(
+                f"host {self.host} can be reached from other machines, and no token is given. "
+                "Add --token-file FILE with a token of your own, or leave --host out to serve this machine alone."
+            )
+        if self.token is not None and (len(self.token) < SHORTEST_TOKEN or not self.token.isascii() or not self.token.isalnum()):
+            raise ValueError(
+                f"the token has {len(self.token)} characters; it needs at least {SHORTEST_TOKEN} letters and digits. "
+                'Make one by `python3 -c "import secrets; print(secrets.token_hex(16))"`.'
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's HTTP, but a connection that has not asked for anything, or not to its end, is closed in PATIENCE seconds."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait = self.loop.call_later(PATIENCE, self._give_up)
+
+    def _give_up(self) -> None:
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if answering:
+            self._wait = self.loop.call_later(PATIENCE, self._give_up)
+        elif not self.transport.is_closing():
+            self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._wait.cancel()
+        super().connection_lost(exc)
+
+
+def listen(place: Place) -> tuple[socket.socket, int]:
+    """A socket on the port, or on the next that is free. Raises OSError where the host is none of this machine's, or all are taken."""
+    family = socket.AF_INET6 if ":" in place.host else socket.AF_INET
+    for port in range(place.port, place.port + NEXT_PORTS + 1):
+        taken = socket.socket(family, socket.SOCK_STREAM)
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind((place.host, port))
+        except OSError as error:
+            taken.close()
+            if error.errno != errno.EADDRINUSE or port == place.port + NEXT_PORTS or not place.port:
+                raise OSError(error.errno, f"{place.host}:{port}: {error.strerror}. Name another port by --port.") from error
+        else:
+            return taken, taken.getsockname()[1]
+    raise AssertionError
+
+
+def serve(path: Path, place: Place, said: Callable[[str], None]) -> None:
+    """Serve the runs of a folder until stopped; `said` is told the link, and what is to be known. Raises ValueError, OSError before."""
+    place.check()
+    found = Runs.at(path)
+    sock, port = listen(place)
+    token = place.token or secrets.token_urlsafe(24)
+    if port != place.port and place.port:
+        said(f"port {place.port} is in use; using {port}")
+    shown = f"[{place.host}]" if ":" in place.host else place.host
+    said(f"page: http://{shown}:{port}/?token={token}")
+    server(found, hosts=allowed_hosts(place, port), token=token, port=port).run(sockets=[sock])
+
+
+def allowed_hosts(place: Place, port: int) -> list[str]:
+    """Values of the Host header that are this server's own."""
+    shown = f"[{place.host}]" if ":" in place.host else place.host
+    own = [] if place.host in ("0.0.0.0", "::") else [f"{shown}:{port}"]
+    local = [f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}"] if is_loopback(place.host) else []
+    return [*own, *local, *place.names]
+
+
+def server(found: Runs, *, hosts: Sequence[str], token: str, port: int) -> uvicorn.Server:
+    """A server of these runs, not yet listening."""
+    app: Any = Guard(make_app(found), hosts=hosts, token=token, port=port)
+    config = uvicorn.Config(
+        app,
+        http=_Protocol,
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,  # addresses hold the token
+        server_header=False,
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=2,
+        h11_max_incomplete_event_size=LARGEST_HEAD,
+        proxy_headers=False,
+    )
+    return uvicorn.Server(config)
