@@ -22,6 +22,7 @@ ROWS: dict[str, float] = {
     "room": 0,
     "disk": 0,
     "containment": 0,
+    "run_layout": 0,
     "stopping": 0,
     "watchdog": 0,
     "shapes": 1,  # on the adapter's settings
@@ -68,6 +69,9 @@ HOMES = {
     "rich": ("monitor.terminal",),
     "matplotlib": ("monitor.charts",),
     "jinja2": ("monitor.report",),
+    "starlette": ("monitor.web",),
+    "sse_starlette": ("monitor.web.app",),
+    "uvicorn": ("monitor.web.serve",),
 }
 """Library -> the only parts that import it when they run; an import for annotations alone is free."""
 

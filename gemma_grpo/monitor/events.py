@@ -35,15 +35,14 @@ from gemma_grpo.monitor.durable import (
     write_atomically,
 )
 from gemma_grpo.redact import redact_all
+from gemma_grpo.run_layout import EVENTS, LOOKS, METRICS, RECIPE, RUN, SAMPLES, WRITER
 from gemma_grpo.types import ScoredGroup, StepRecord
 
 __all__ = ["RunDirectory", "RunDirectoryError", "next_run_path"]
 
-RECIPE, RUN, METRICS, SAMPLES, EVENTS = "recipe.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "events.jsonl"
-LOOKS = "witnesses.jsonl"
 _LONGEST_LINE = 2**16
 """Bytes, of metrics.jsonl."""
-_LOCK, _WRITER = ".lock", ".writer"
+_LOCK = ".lock"
 _HOLDER = re.compile(r"process (\d+) on host (\S+)\n")
 _DEEPEST = "checkpoints/.tmp-step-0000000012/policy/adapter_model.safetensors"
 """A run's longest path, so that a name too long for it is known before."""
@@ -248,7 +247,7 @@ class RunDirectory:
     def close(self) -> None:
         """Let another process write. Closing twice is fine."""
         if self.is_held:
-            (self.path / _WRITER).unlink(missing_ok=True)
+            (self.path / WRITER).unlink(missing_ok=True)
             self._lock.release()
 
     def __enter__(self) -> RunDirectory:
@@ -362,7 +361,7 @@ def _acquire(path: Path) -> FileLock:
             lock.release(force=True)
             raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
     try:
-        write_atomically(path / _WRITER, f"process {os.getpid()} on host {socket.gethostname()}\n")
+        write_atomically(path / WRITER, f"process {os.getpid()} on host {socket.gethostname()}\n")
     except BaseException:
         lock.release()
         raise
@@ -372,7 +371,7 @@ def _acquire(path: Path) -> FileLock:
 def _in_use(path: Path) -> str:
     """Who holds the lock, and what to do. What the file says may be of an earlier holder, until the new one has written it."""
     try:
-        found = _HOLDER.fullmatch((path / _WRITER).read_text(encoding="utf-8", errors="replace"))
+        found = _HOLDER.fullmatch((path / WRITER).read_text(encoding="utf-8", errors="replace"))
     except OSError:
         found = None
     said = f"{path} is being written by {found[0].strip() if found else 'another process'}. "

@@ -5,14 +5,17 @@ Reads the lines of metrics.jsonl and witnesses.jsonl; draws by charts.py. The re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from gemma_grpo.monitor.charts import Chart, Series, curve
 from gemma_grpo.monitor.run_files import Record, real
 from gemma_grpo.monitor.watched import alarm_marks, curves
+
+if TYPE_CHECKING:
+    from gemma_grpo.monitor.charts import Chart, Series
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,8 @@ def watched_panels(looks: Sequence[Record]) -> list[Panel]:
 
 def draw(panel: Panel, runs: Sequence[Lines], *, hover: bool = False) -> Chart:
     """The curve of one number, a line for each run; alarms marked where it is a look's. With `hover` it holds the numbers, too."""
+    from gemma_grpo.monitor.charts import Chart, curve  # matplotlib: not for who only asks which charts there are
+
     series = [_series(panel, run, label=run.name if len(runs) > 1 else panel.title) for run in runs]
     marks = sorted({place for run in runs for place, _ in alarm_marks(run.looks)}) if panel.watched else []
     svg = curve(series, panel.title, panel.unit, marks=marks, hover=hover)
@@ -101,6 +106,8 @@ def draw(panel: Panel, runs: Sequence[Lines], *, hover: bool = False) -> Chart:
 
 
 def _series(panel: Panel, run: Lines, *, label: str) -> Series:
+    from gemma_grpo.monitor.charts import Series
+
     if panel.watched:
         return Series(label, *curves(run.looks).get(panel.metric, ([], [])))
     numbered = [(step, line) for line in run.metrics if (step := real(line.get("step"))) is not None]
@@ -114,9 +121,3 @@ def _series(panel: Panel, run: Lines, *, label: str) -> Series:
 def charts(panels: Sequence[Panel], run: Lines) -> list[Chart]:
     """One chart for each panel."""
     return [draw(panel, [run]) for panel in panels]
-
-
-def values(panel: Panel, line: Mapping[str, object]) -> float | None:
-    """The panel's number in a line of its log."""
-    metrics = line.get("metrics") if panel.watched else line
-    return real(metrics.get(panel.metric)) if isinstance(metrics, Mapping) else None

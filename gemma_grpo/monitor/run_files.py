@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_grpo.run_layout import EVALUATION, EVENTS, LOOKS, METRICS, RECIPE, RUN, SAMPLES
+
 Record = Mapping[str, Any]
 _KEPT_GROUPS = 64
 
@@ -43,20 +45,20 @@ class RunFiles:
 def read_run_files(path: str | Path) -> RunFiles:
     """Everything the report shows. Raises ValueError when the path is no run directory at all."""
     path = Path(path)
-    if not any((path / name).is_file() for name in ("recipe.yaml", "run.json", "metrics.jsonl", "evaluation.json")):
+    if not any((path / name).is_file() for name in (RECIPE, RUN, METRICS, EVALUATION)):
         raise ValueError(f"{path} is not a run directory: it holds no recipe.yaml and no metrics.jsonl. Name one such as runs/miniature-1.")
     problems: list[str] = []
-    first, last = _groups(path / "samples.jsonl", problems)
+    first, last = _groups(path / SAMPLES, problems)
     return RunFiles(
         name=path.resolve().name,
-        recipe=_text(path / "recipe.yaml", problems),
-        run=_object(path / "run.json", problems),
-        metrics=list(_lines(path / "metrics.jsonl", problems)),
+        recipe=_text(path / RECIPE, problems),
+        run=_object(path / RUN, problems),
+        metrics=list(_lines(path / METRICS, problems)),
         first_groups=first,
         last_groups=last,
-        events=list(_lines(path / "events.jsonl", problems)),
-        looks=list(_lines(path / "witnesses.jsonl", problems)) if (path / "witnesses.jsonl").is_file() else [],
-        evaluation=_object(path / "evaluation.json", problems),
+        events=list(_lines(path / EVENTS, problems)),
+        looks=list(_lines(path / LOOKS, problems)) if (path / LOOKS).is_file() else [],
+        evaluation=_object(path / EVALUATION, problems),
         calibration=_object(path / "reward" / "calibration.json", problems),
         profile=_object(path / "profile.json", problems) if (path / "profile.json").is_file() else {},
         problems=problems,

@@ -16,16 +16,17 @@ from sse_starlette.sse import EventSourceResponse
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from gemma_grpo.config import ConfigError
 from gemma_grpo.monitor import watched
-from gemma_grpo.monitor.events import METRICS
 from gemma_grpo.monitor.web import groups, runs, stream
+from gemma_grpo.monitor.web.answers import Json
 from gemma_grpo.monitor.web.curves import Curves
 from gemma_grpo.monitor.web.guard import REPORT_POLICY
 from gemma_grpo.monitor.web.logs import size
+from gemma_grpo.run_layout import EVALUATION, LOOKS, METRICS, SAMPLES
 
 KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 STATIC = ("page.css", "page.js", "parts.js", "curves.js", "replies.js", "run.js", "icon.svg")
@@ -94,17 +95,17 @@ class Page:
             found = [runs.overview(path) for path in self.runs.listed()]
             return {"folder": self.runs.root.name, "only": self.runs.only, "runs": found}
 
-        return JSONResponse(await self._read(read))
+        return Json(await self._read(read))
 
     async def summary(self, request: Request) -> Response:
         """All of a run that is no curve and no reply."""
         path = await self._run(request)
-        return JSONResponse(await self._read(lambda: runs.summary(path, self.curves.lines(path).looks)))
+        return Json(await self._read(lambda: runs.summary(path, self.curves.lines(path).looks)))
 
     async def progress(self, request: Request) -> Response:
         """What is new after a byte of metrics.jsonl."""
         path = await self._run(request)
-        return JSONResponse(await self._read(stream.progress, path, _whole(request, "after", 0)))
+        return Json(await self._read(stream.progress, path, _whole(request, "after", 0)))
 
     async def events(self, request: Request) -> Response:
         """The same as it happens."""
@@ -126,7 +127,7 @@ class Page:
         """The groups of a step."""
         path = await self._run(request)
         step = request.query_params.get("step")
-        return JSONResponse(await self._read(groups.step_groups, path, None if step is None else _number(step, "step")))
+        return Json(await self._read(groups.step_groups, path, None if step is None else _number(step, "step")))
 
     async def samples(self, request: Request) -> Response:
         """Groups that a filter lets through."""
@@ -135,14 +136,14 @@ class Page:
             raise HTTPException(400, f"filter is one of: {', '.join(groups.FILTERS)}.")
         before = request.query_params.get("before")
         source = request.query_params.get("source", "")
-        return JSONResponse(await self._read(groups.browse, path, which, source, None if before is None else _number(before, "before")))
+        return Json(await self._read(groups.browse, path, which, source, None if before is None else _number(before, "before")))
 
     async def changed(self, request: Request) -> Response:
         """Replies to held-out prompts before and now."""
         path, why = await self._run(request), request.query_params.get("order", watched.RANKINGS[0])
         if why not in watched.RANKINGS:
             raise HTTPException(400, f"order is one of: {', '.join(watched.RANKINGS)}.")
-        return JSONResponse(await self._read(groups.changed, path, why, _whole(request, "start", 0)))
+        return Json(await self._read(groups.changed, path, why, _whole(request, "start", 0)))
 
     async def panels(self, request: Request) -> Response:
         """Which charts there are of some runs together."""
@@ -152,7 +153,7 @@ class Page:
             found = {panel.key: panel for path in paths for panel in self.curves.panels(path)}
             return [{"key": key, "title": panel.title, "caption": panel.caption, "unit": panel.unit} for key, panel in found.items()]
 
-        return JSONResponse({"panels": await self._read(read)})
+        return Json({"panels": await self._read(read)})
 
     async def chart(self, request: Request) -> Response:
         """One chart; its ETag says what it is a drawing of."""
@@ -165,7 +166,7 @@ class Page:
     async def compare(self, request: Request) -> Response:
         """The settings in which runs differ, and what each came to."""
         paths = await self._chosen(request)
-        return JSONResponse(await self._read(compared, paths))
+        return Json(await self._read(compared, paths))
 
     async def report(self, request: Request) -> Response:
         """The report, made anew: what lies in the folder may come from another machine."""
@@ -182,7 +183,7 @@ def report_of(path: Path) -> str:
     from gemma_grpo.monitor.report import render_report
     from gemma_grpo.monitor.run_files import read_run_files
 
-    total = sum(size(path / name) for name in (METRICS, "samples.jsonl", "witnesses.jsonl"))
+    total = sum(size(path / name) for name in (METRICS, SAMPLES, LOOKS))
     if total > LARGEST_REPORT:
         raise HTTPException(413, f"This run's logs are {total / 2**20:.0f} MiB. Make its report by `gemma-grpo report`.")
     return render_report(read_run_files(path))
@@ -198,7 +199,7 @@ def compared(paths: list[Path]) -> dict[str, Any]:
         problem = ""
     except (ConfigError, OSError) as error:
         settings, problem = [], str(error)
-    rows = rows_of([runs.read_object(path / "evaluation.json") for path in paths])
+    rows = rows_of([runs.read_object(path / EVALUATION) for path in paths])
     return {
         "names": [path.name for path in paths],
         "settings": settings,
@@ -237,4 +238,6 @@ def make_app(found: runs.Runs) -> Starlette:
         return PlainTextResponse("This could not be shown; the terminal of `gemma-grpo watch` says why.\n", 500)
 
     handlers: dict[Any, Any] = {HTTPException: refused, runs.NoSuchRunError: unknown, Exception: failed}
-    return Starlette(routes=Page(found).routes(), exception_handlers=handlers)
+    app = Starlette(routes=Page(found).routes(), exception_handlers=handlers)
+    app.router.redirect_slashes = False  # an address that is almost right could send a browser to another host
+    return app

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma_grpo.monitor.events import LOOKS, METRICS
 from gemma_grpo.monitor.run_charts import Lines, Panel, draw, training_panels, watched_panels
 from gemma_grpo.monitor.run_files import Record
 from gemma_grpo.monitor.web.logs import lines_after, size, spread_lines
+from gemma_grpo.run_layout import LOOKS, METRICS
 
 POINTS = 400
 """Lines that stand for a long log: as many as a chart has points."""

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from gemma_grpo.monitor import watched
-from gemma_grpo.monitor.events import LOOKS, SAMPLES
 from gemma_grpo.monitor.run_files import Record, real, records
 from gemma_grpo.monitor.web.logs import Slice, find_step, last_line, lines_after, lines_before, size
+from gemma_grpo.run_layout import LOOKS, SAMPLES
 
 MOST_GROUPS = 32
 """Groups of one step that are shown; a step has batch_size x gradient_accumulation_steps of them."""

@@ -17,9 +17,9 @@ from typing import Any
 
 from gemma_grpo.containment import link_out
 from gemma_grpo.monitor import findings, watched
-from gemma_grpo.monitor.events import EVENTS, LOOKS, METRICS, RECIPE, RUN, SAMPLES
 from gemma_grpo.monitor.run_files import Record, parse_object, real, records
 from gemma_grpo.monitor.web.logs import last_line, lines_before, size, spread_lines
+from gemma_grpo.run_layout import EVALUATION, EVENTS, LOOKS, METRICS, RECIPE, RUN, SAMPLES, WRITER
 
 SPARK_POINTS = 60
 MOST_RUNS = 500
@@ -123,7 +123,7 @@ def status(path: Path, run: Record) -> tuple[str, str]:
 
 def _writer(path: Path) -> str:
     """Whether the process that holds the run is "here", "elsewhere" or "gone"."""
-    found = re.fullmatch(r"process (\d+) on host (\S+)\s*", read_text(path / ".writer"))
+    found = re.fullmatch(r"process (\d+) on host (\S+)\s*", read_text(path / WRITER))
     if found is None:
         return "gone"
     if found[2] != socket.gethostname():
@@ -143,7 +143,7 @@ def overview(path: Path) -> dict[str, Any]:
     word, sentence = status(path, run)
     points = spread_lines(path / METRICS, SPARK_POINTS)
     rewards = [value for line in points if (value := real(line.get("reward"))) is not None]
-    said = findings.verdict(read_object(path / "evaluation.json"))
+    said = findings.verdict(read_object(path / EVALUATION))
     return {
         "name": path.name,
         "status": word,
@@ -171,7 +171,7 @@ def _thinned(values: Sequence[float]) -> list[float]:
 def summary(path: Path, looks: Sequence[Record]) -> dict[str, Any]:
     """What stands on a run's own page besides curves and replies. `looks` need no replies."""
     run, events = read_object(path / RUN), _events(path)
-    evaluation = read_object(path / "evaluation.json")
+    evaluation = read_object(path / EVALUATION)
     said = findings.verdict(evaluation)
     return {
         **overview(path),

@@ -113,17 +113,31 @@ def serve(path: Path, place: Place, said: Callable[[str], None]) -> None:
     token = place.token or secrets.token_urlsafe(24)
     if port != place.port and place.port:
         said(f"port {place.port} is in use; using {port}")
-    shown = f"[{place.host}]" if ":" in place.host else place.host
+    shown = socket.gethostname() if place.host in ("0.0.0.0", "::") else _in_url(place.host)
     said(f"page: http://{shown}:{port}/?token={token}")
     server(found, hosts=allowed_hosts(place, port), token=token, port=port).run(sockets=[sock])
 
 
 def allowed_hosts(place: Place, port: int) -> list[str]:
-    """Values of the Host header that are this server's own."""
-    shown = f"[{place.host}]" if ":" in place.host else place.host
-    own = [] if place.host in ("0.0.0.0", "::") else [f"{shown}:{port}"]
-    local = [f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}"] if is_loopback(place.host) else []
-    return [*own, *local, *place.names]
+    """Values of the Host header that are this server's own. Where it listens everywhere, those are this machine's names and addresses."""
+    addresses = [place.host]
+    if is_loopback(place.host):
+        addresses += ["127.0.0.1", "localhost", "::1"]
+    elif place.host in ("0.0.0.0", "::"):
+        name = socket.gethostname()
+        addresses = ["127.0.0.1", "localhost", "::1", name, socket.getfqdn(), *_addresses(name)]
+    return [*(f"{_in_url(address)}:{port}" for address in dict.fromkeys(addresses)), *place.names]
+
+
+def _addresses(name: str) -> list[str]:
+    try:
+        return [str(found[4][0]) for found in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
+    except OSError:
+        return []
+
+
+def _in_url(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
 
 
 def server(found: Runs, *, hosts: Sequence[str], token: str, port: int) -> uvicorn.Server:

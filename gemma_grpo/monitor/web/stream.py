@@ -7,14 +7,14 @@ cuts the log, that it must begin anew. Whoever cannot hold a stream open asks fo
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from gemma_grpo.monitor.events import EVENTS, LOOKS, METRICS, RUN
+from gemma_grpo.monitor.web.answers import json_text
 from gemma_grpo.monitor.web.logs import lines_after, size
 from gemma_grpo.monitor.web.runs import read_object, status
+from gemma_grpo.run_layout import EVENTS, LOOKS, METRICS, RUN
 
 MOST_STREAMS = 64
 EVERY = 1.0
@@ -42,6 +42,6 @@ async def events(path: Path, offset: int) -> AsyncIterator[dict[str, str]]:
         now = (found["status"], *found["sizes"].values())
         if found["reset"] or found["steps"] or now != told:
             told, offset = now, found["offset"]
-            yield {"id": str(offset), "event": "progress", "data": json.dumps(found)}
+            yield {"id": str(offset), "event": "progress", "data": json_text(found)}
         if offset >= found["sizes"][METRICS] or not found["steps"]:
             await asyncio.sleep(EVERY)

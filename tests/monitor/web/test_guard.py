@@ -1,0 +1,406 @@
+"""Who may ask the page for what: foreign hosts, sites, methods and names get nothing, and every answer keeps a browser on the safe side."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from page_server import TOKEN, Server
+from written_runs import write_run
+
+from gemma_grpo.monitor.web import serve, stream
+from gemma_grpo.monitor.web.guard import POLICY
+
+XSS = "<script>alert(1)</script>"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    root = tmp_path_factory.mktemp("runs")
+    write_run(root / "one", 3, XSS)
+    write_run(root / "two", 2, seed=1, evaluated=False)
+    outside = tmp_path_factory.mktemp("outside")
+    write_run(outside / "secret", 1)
+    (root / "link").symlink_to(outside / "secret")  # a folder that is a link
+    write_run(root / "linked", 1)
+    (root / "linked" / "samples.jsonl").unlink()
+    (root / "linked" / "samples.jsonl").symlink_to(outside / "secret" / "samples.jsonl")
+    found = Server(root)
+    yield found
+    found.stop()
+
+
+PATHS = ["/", "/static/page.js", "/api/runs", "/api/runs/one", "/api/runs/one/groups", "/api/chart?run=one&key=reward", "/report/one"]
+BAD_PATHS = ["/nothing", "/static/../page.py", "/static/serve.py", "/api/runs/none", "/api/chart?run=one&key=x", "/api/chart"]
+
+
+@pytest.mark.parametrize("path", [*PATHS, *BAD_PATHS])
+def test_every_answer_has_the_safe_headers(server: Server, path: str) -> None:
+    answer = server.ask(path)
+    assert (answer.status == 200) == (path in PATHS), answer
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["referrer-policy"] == "no-referrer"
+    assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+    policy = answer.headers["content-security-policy"]
+    if path.startswith("/report"):
+        assert "sandbox" in policy
+        assert "script-src" not in policy
+    else:
+        assert policy == POLICY
+    assert answer.headers["content-type"].split(";")[0] in (
+        *("text/html", "text/plain", "text/javascript", "application/json", "image/svg+xml"),
+    )
+
+
+@pytest.mark.parametrize("path", [*PATHS, *BAD_PATHS])
+def test_without_the_token_there_is_nothing(server: Server, path: str) -> None:
+    answer = server.ask(path, known=False)
+    assert answer.status == 403
+    assert b"gemma-grpo watch" in answer.body
+    assert "set-cookie" not in answer.headers
+    wrong = server.ask(path, known=False, headers={"Cookie": f"gemma-grpo-{server.port}={TOKEN[:-1]}x"})
+    assert wrong.status == 403
+
+
+def test_the_token_in_the_address_of_the_page_alone_gives_the_cookie(server: Server) -> None:
+    answer = server.ask(f"/?token={TOKEN}", known=False)
+    assert answer.status == 200
+    cookie = answer.headers["set-cookie"]
+    assert cookie == f"gemma-grpo-{server.port}={TOKEN}; Path=/; HttpOnly; SameSite=Strict"
+    assert server.ask("/api/runs", known=False, headers={"Cookie": cookie.split(";")[0]}).status == 200
+    for path in (f"/api/runs?token={TOKEN}", f"/?token={TOKEN}x", f"//?token={TOKEN}"):
+        assert server.ask(path, known=False).status == 403, path
+
+
+def foreign_hosts(port: int) -> list[str]:
+    names = [
+        "evil.com",
+        "127.0.0.1.evil.com",
+        "localhost.evil.com",
+        "evil.com#127.0.0.1",
+        "evil.com@127.0.0.1",
+        "127.0.0.2",
+        "0.0.0.0",
+        "0",
+    ]
+    names += [
+        "127.1",
+        "2130706433",
+        "0x7f000001",
+        "017700000001",
+        "[::ffff:127.0.0.1]",
+        "[::]",
+        "::1",
+        "localhost.",
+        "localhost%00",
+        " ",
+        "",
+    ]
+    names += ["127.0.0.1 evil.com", "xn--localhost-", "LOCALHOST.EVIL.COM", "[fe80::1]", "127.0.0.1,evil.com", "*", "null", "localhost/"]
+    own = [
+        f"127.0.0.1:{port + 1}",
+        "127.0.0.1",
+        "localhost",
+        "[::1]",
+        f"127.0.0.1:{port}0",
+        f"127.0.0.1:0{port}",
+        f"localhost:{port}:80",
+        "localhost:80",
+    ]
+    return [*own, *names, *(f"{name}:{port}" for name in names)]
+
+
+def test_only_its_own_names_reach_the_server(server: Server) -> None:
+    for host in (f"127.0.0.1:{server.port}", f"localhost:{server.port}", f"LocalHost:{server.port}", f"[::1]:{server.port}"):
+        assert server.ask("/api/runs", headers={"Host": host}).status == 200, host
+    foreign = foreign_hosts(server.port)
+    assert len(foreign) >= 60
+    for host in foreign:
+        head = f"GET /api/runs HTTP/1.1\r\nHost: {host}\r\nCookie: gemma-grpo-{server.port}={TOKEN}\r\nConnection: close\r\n\r\n"
+        status = server.raw(head.encode()).split(b" ", 2)[1]
+        assert status in (b"421", b"400"), host
+    twice = f"GET / HTTP/1.1\r\nHost: localhost:{server.port}\r\nHost: evil.com\r\n\r\n"
+    assert server.raw(twice.encode()).split(b" ", 2)[1] in (b"400", b"421")
+    assert server.raw(b"GET / HTTP/1.1\r\n\r\n").split(b" ", 2)[1] == b"400"
+    assert server.raw(b"GET / HTTP/1.0\r\n\r\n").split(b" ", 2)[1] in (b"400", b"421")
+
+
+METHODS = ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT", "PROPFIND", "QUERY", "get", "FOO"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_but_reading_is_served(server: Server, method: str) -> None:
+    for path in ("/", "/api/runs", "/api/runs/one", "/report/one"):
+        answer = server.ask(path, method=method, headers={"Content-Type": "application/json", "Content-Length": "0"})
+        assert answer.status in (400, 405), path
+
+
+FOREIGN = [
+    *({"Origin": origin} for origin in ("null", "http://evil.com", "http://localhost", "https://localhost.evil.com", "file://", "http://127.0.0.1:1")),
+    *({"Sec-Fetch-Site": site} for site in ("cross-site", "same-site", "anything")),
+    {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "iframe"},
+    {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "script", "Sec-Fetch-Mode": "no-cors"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("headers", FOREIGN, ids=str)
+def test_pages_of_other_sites_read_nothing(server: Server, headers: dict[str, str]) -> None:
+    for path in PATHS:
+        assert server.ask(path, headers=headers).status == 403, path
+
+
+def test_whoever_follows_a_link_from_elsewhere_sees_the_page(server: Server) -> None:
+    followed = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "document", "Sec-Fetch-Mode": "navigate"}
+    assert server.ask(f"/?token={TOKEN}", headers=followed, known=False).status == 200
+    assert server.ask("/api/runs", headers=followed).status == 403
+
+
+def names_that_lead_out() -> list[str]:
+    ups = [
+        "..",
+        "../",
+        "../outside/secret",
+        "..%2f..%2fetc%2fpasswd",
+        "%2e%2e%2f",
+        "%252e%252e%252f",
+        "..\\",
+        "..%5c",
+        "%c0%ae%c0%ae/",
+        ".%00./",
+    ]
+    roots = [
+        "/etc/passwd",
+        "//etc/passwd",
+        "C:\\Windows",
+        "C:/Windows",
+        "\\\\host\\share",
+        "file:///etc/passwd",
+        "~",
+        "~root",
+        "$HOME",
+        "%2fetc%2fpasswd",
+    ]
+    devices = [
+        "CON",
+        "NUL",
+        "COM1",
+        "aux.txt",
+        ".",
+        "...",
+        ".git",
+        ".lock",
+        "one/",
+        "one/.",
+        "one/..",
+        "one/../two",
+        "one/recipe.yaml",
+        "./one",
+        "one\0",
+    ]
+    odd = [
+        "\u2024\u2024",
+        "\uff0e\uff0e\uff0f",
+        "one\u200b",
+        "ONE",
+        "one ",
+        " one",
+        "a" * 300,
+        "%",
+        "%%",
+        "%zz",
+        "one%00.json",
+        "*",
+        "?",
+        "[o]ne",
+        "link",
+        "linked",
+    ]
+    all_of = [*ups, *roots, *devices, *odd]
+    return [
+        *all_of,
+        *(f"one/{name}" for name in ups),
+        *(f"{name}/one" for name in ups),
+        *(f"{name}{up}" for name in ("one", "two") for up in ups),
+    ]
+
+
+def test_no_name_leads_out_of_the_folder(server: Server, tmp_path: Path) -> None:
+    """What the server opens while it is asked for such names is told by an audit hook, in a process of its own."""
+    root = tmp_path / "runs"
+    write_run(root / "one", 1)
+    write_run(tmp_path / "secret", 1)
+    (root / "link").symlink_to(tmp_path / "secret")
+    wanted = [quote(name, safe="/%") if safe else quote(name, safe="") for name in names_that_lead_out() for safe in (True, False)]
+    shapes = ["/api/runs/{}", "/report/{}", "/api/runs/{}/groups", "/static/{}", "/api/chart?run={}&key=reward", "/api/compare?run={}"]
+    paths = [shapes[n % len(shapes)].format(name) for n, name in enumerate(wanted)] + [shapes[0].format(name) for name in wanted]
+    assert len(paths) >= 200
+    code = """
+import json, os, sys
+from pathlib import Path
+root, paths = Path(sys.argv[1]), json.loads(sys.stdin.read())
+opened = []
+sys.addaudithook(lambda name, arguments: opened.append(os.fspath(arguments[0])) if name in ("open", "os.scandir", "os.listdir")
+                 and arguments and isinstance(arguments[0], (str, bytes, os.PathLike)) else None)
+import asyncio
+from gemma_grpo.monitor.web.app import make_app
+from gemma_grpo.monitor.web.runs import Runs
+from urllib.parse import unquote
+app = make_app(Runs.at(root))
+
+async def ask(path):
+    path, _, query = path.partition("?")
+    scope = {"type": "http", "method": "GET", "path": unquote(path), "raw_path": path.encode(), "query_string": query.encode(),
+             "headers": [], "http_version": "1.1", "scheme": "http", "server": ("127.0.0.1", 1), "root_path": ""}
+    said = []
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+    async def send(message):
+        said.append(message)
+    await app(scope, receive, send)
+    return said[0]["status"]
+
+statuses = [asyncio.run(ask(path)) for path in paths]
+inside = {os.path.realpath(path) for path in map(os.fsdecode, opened)}
+print(json.dumps({"statuses": statuses, "opened": sorted(inside)}))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(root)], input=json.dumps(paths), capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    known = {path for path, status in zip(paths, found["statuses"], strict=True) if status == 200}
+    assert known <= {"/api/runs/one", "/report/one", "/api/runs/one/groups"}, known
+    assert set(found["statuses"]) <= {200, 400, 404}
+    secret = os.path.realpath(tmp_path / "secret")
+    assert not [path for path in found["opened"] if path.startswith((secret, "/etc/passwd"))]
+    ours = [path for path in found["opened"] if path.startswith(os.path.realpath(tmp_path))]
+    assert ours
+    assert all(path.startswith(os.path.realpath(root)) for path in ours)
+
+
+def test_a_run_with_a_link_out_is_no_run(server: Server) -> None:
+    assert [run["name"] for run in server.ask("/api/runs").json["runs"]] == ["two", "one"]
+    for name in ("link", "linked"):
+        assert server.ask(f"/api/runs/{name}").status == 404
+
+
+NUMBERS = ["-1", "1.5", "1e3", "NaN", "", " ", "0x10", "\u0661", "9" * 16, "1_0", "true", "null", "1;2", "'", "%00"]
+
+
+def test_numbers_that_are_none_are_refused_and_large_ones_answered(server: Server) -> None:
+    for text in NUMBERS:
+        for shape in ("groups?step={}", "samples?before={}", "changed?start={}", "progress?after={}"):
+            answer = server.ask(f"/api/runs/one/{shape.format(quote(text))}")
+            assert answer.status == 400, (shape, text)
+    for shape in ("groups?step={}", "samples?before={}", "changed?start={}", "progress?after={}"):
+        assert server.ask(f"/api/runs/one/{shape.format('9' * 15)}").status == 200
+    assert server.ask("/api/runs/one/samples?filter=x").status == 400
+    assert server.ask("/api/runs/one/changed?order=x").status == 400
+    assert server.ask("/api/panels?" + "&".join(["run=one", "run=two"] * 3)).status == 200
+    assert server.ask("/api/panels?" + "&".join(f"run={n}" for n in range(5))).status == 400
+    assert server.ask("/api/runs?" + "x" * 5000).status == 414
+
+
+def test_broken_requests_are_refused_and_the_server_lives(server: Server) -> None:
+    host = f"Host: localhost:{server.port}\r\n"
+    broken = [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"\0" * 100 + b"\r\n\r\n",
+        f"GET / HTTP/1.1\r\n{host}X: {'a' * 2**20}\r\n\r\n".encode(),
+        f"GET / HTTP/1.1\r\n{host}Content-Length: -1\r\n\r\n".encode(),
+        f"GET / HTTP/1.1\r\n{host}Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode(),
+        f"POST / HTTP/1.1\r\n{host}Transfer-Encoding: chunked\r\n\r\nZZ\r\n".encode(),
+        f"GET / HTTP/1.1\r\n{host} folded: x\r\n\r\n".encode(),
+        b"GET http://evil.com/ HTTP/1.1\r\nHost: evil.com\r\n\r\n",
+    ]
+    for content in broken:
+        try:
+            answer = server.raw(content)
+        except (ConnectionResetError, BrokenPipeError):
+            continue
+        assert answer == b"" or int(answer.split(b" ", 2)[1]) in (400, 403, 405, 421, 431), content[:60]
+    assert server.ask("/api/runs").status == 200
+
+
+def test_who_says_nothing_or_does_not_end_is_put_out(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "PATIENCE", 0.5)
+    for content in (b"", b"GET / HT", f"GET / HTTP/1.1\r\nHost: localhost:{server.port}\r\nX: ".encode()):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as talk:
+            talk.sendall(content)
+            began = time.monotonic()
+            while talk.recv(65536):
+                pass
+            assert time.monotonic() - began < 5, content
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as talk:  # a drop now and then does not buy time
+        began = time.monotonic()
+        with suppress(OSError):
+            while time.monotonic() - began < 8:
+                talk.sendall(b"G")
+                time.sleep(0.1)
+        assert time.monotonic() - began < 8
+
+
+def test_a_stream_is_not_put_out_and_there_are_only_so_many(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "PATIENCE", 0.3)
+    monkeypatch.setattr(stream, "MOST_STREAMS", 2)
+    head = (
+        f"GET /api/runs/one/events HTTP/1.1\r\nHost: localhost:{server.port}\r\nCookie: gemma-grpo-{server.port}={TOKEN}\r\n\r\n".encode()
+    )
+    talks = []
+    for _ in range(2):
+        talk = socket.create_connection(("127.0.0.1", server.port), timeout=5)
+        talk.sendall(head)
+        assert b"200 OK" in talk.recv(65536)
+        talks.append(talk)
+    time.sleep(1)
+    assert server.ask("/api/runs/one/events").status == 503
+    for talk in talks:
+        talk.setblocking(False)
+        try:
+            rest = talk.recv(1 << 20)
+        except BlockingIOError:
+            rest = b"open"
+        assert rest  # not closed
+        talk.close()
+    deadline = time.monotonic() + 10
+    while server.server.server_state.connections and time.monotonic() < deadline:
+        time.sleep(0.05)
+    talk = socket.create_connection(("127.0.0.1", server.port), timeout=5)
+    talk.sendall(head)
+    assert b"200 OK" in talk.recv(65536)  # the places of those that left are free again
+    talk.close()
+
+
+def test_other_machines_need_a_token_of_the_users_own() -> None:
+    with pytest.raises(ValueError, match="--token-file"):
+        serve.Place(host="0.0.0.0").check()
+    with pytest.raises(ValueError, match="at least 16"):
+        serve.Place(host="0.0.0.0", token="short").check()
+    with pytest.raises(ValueError, match="letters and digits"):
+        serve.Place(token="a" * 15 + "\r\nSet-Cookie: x").check()
+    serve.Place(host="0.0.0.0", token=TOKEN).check()
+    serve.Place().check()
+    assert serve.is_loopback("127.0.0.1")
+    assert serve.is_loopback("::1")
+    assert not serve.is_loopback("0.0.0.0")
+    assert not serve.is_loopback("example.com")
+
+
+def test_it_listens_on_this_machine_alone_and_takes_the_next_free_port() -> None:
+    first, port = serve.listen(serve.Place(port=0))
+    assert first.getsockname()[0] == "127.0.0.1"
+    first.listen()
+    second, other = serve.listen(serve.Place(port=port))
+    assert port < other <= port + serve.NEXT_PORTS
+    first.close()
+    second.close()
+    with pytest.raises(OSError, match="--port"):
+        serve.listen(serve.Place(host="192.0.2.1"))
