@@ -31,6 +31,8 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # blue, orange, green, 
 _INK = "#010203"
 """Placeholder that becomes currentColor."""
 _MAX_POINTS = 400
+_LONGEST_NAME = 28
+"""Characters of a line's name in a drawing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,7 @@ def scatter(points: Sequence[Series], title: str, x_label: str, y_label: str, *,
 
 def _style(title: str) -> AbstractContextManager[None]:
     """matplotlib's defaults, whatever the user's own style, and text left as text; the title salts the ids, so charts never share one."""
-    changes: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9, "axes.unicode_minus": False}
+    changes: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": _plain(title), "font.size": 9, "axes.unicode_minus": False}
     return style.context(changes, after_reset=True)
 
 
@@ -172,10 +174,8 @@ def _label_ends(axes: Axes, series: Sequence[Series]) -> None:
         height = max(value, floor)
         floor = height + gap
         right = max(one.x, default=0)
-        axes.annotate(
-            _plain(one.label), (right, height), xytext=(4, 0), textcoords="offset points", va="center", color=colour, parse_math=False,
-            annotation_clip=False,
-        )  # fmt: skip
+        place: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+        axes.annotate(_short(_plain(one.label)), (right, height), color=colour, parse_math=False, **place)
 
 
 def _hover(figure: Figure, axes: Axes, series: Sequence[Series]) -> str:
@@ -223,6 +223,11 @@ def _as_attributes(style: re.Match[str]) -> str:
     """A style as attributes of its own: a page whose security policy takes no style in its text shows those."""
     parts = (part.split(":", 1) for part in style[1].split(";") if ":" in part)
     return "".join(f' {name.strip()}="{value.strip()}"' for name, value in parts)
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for the line it stands beside; runs' names differ most at their ends."""
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME // 3]}…{name[-2 * _LONGEST_NAME // 3 :]}"
 
 
 def _plain(text: str) -> str:

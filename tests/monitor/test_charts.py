@@ -18,7 +18,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def parse(svg: str) -> ElementTree.Element:
-    return ElementTree.fromstring(svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1))
+    return ElementTree.fromstring(svg)
 
 
 def texts(svg: str) -> list[str]:
@@ -143,3 +143,11 @@ def test_hover_tells_where_the_numbers_lie() -> None:
     assert place(10, 3.0) == pytest.approx((x1, y1), abs=0.05)
 
     assert "data-hover" not in curve(series, "t", "u")
+
+
+@pytest.mark.filterwarnings("error")
+def test_long_and_broken_names_leave_room_for_the_lines() -> None:
+    drawn = curve([Series("a" * 300, [1, 2], [1.0, 2.0]), Series("run-\ud800" + "b" * 60 + "-7", [1, 2], [2.0, 1.0])], "t\ud800", "u")
+    assert lines(drawn) == 2
+    assert "aaaa…aaaa" in drawn
+    assert "bbb-7" in drawn

@@ -95,9 +95,7 @@ def test_the_win_rate_interval_is_shown_around_the_win_rate() -> None:
     win = {**metric(0.5, 0.71, 0.16, 0.26), "judge": "gold"}
     found = verdict({"gold": metric(0.3, 0.4, 0.05, 0.15), "win_rate": win})
     assert found is not None
-    assert (
-        found.further[0].replace("\u00a0", " ") == "Against the untouched model it wins 71 % [66 %, 76 %], judged by gold."
-    )
+    assert found.further[0].replace("\u00a0", " ") == "Against the untouched model it wins 71 % [66 %, 76 %], judged by gold."
 
 
 def test_a_kind_where_reward_rises_and_gold_falls_comes_first_and_is_warned_of() -> None:

@@ -9,8 +9,11 @@ import asyncio
 import errno
 import ipaddress
 import secrets
+import signal
 import socket
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +91,22 @@ class _Protocol(H11Protocol):
         super().connection_lost(exc)
 
 
+class _Server(uvicorn.Server):
+    """uvicorn's server, for which a signal is the usual end: its own would raise it again for whoever asked before."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
 def listen(place: Place) -> tuple[socket.socket, int]:
     """A socket on the port, or on the next that is free. Raises OSError where the host is none of this machine's, or all are taken."""
     family = socket.AF_INET6 if ":" in place.host else socket.AF_INET
@@ -157,4 +176,4 @@ def server(found: Runs, *, hosts: Sequence[str], token: str, port: int) -> uvico
         h11_max_incomplete_event_size=LARGEST_HEAD,
         proxy_headers=False,
     )
-    return uvicorn.Server(config)
+    return _Server(config)

@@ -43,9 +43,14 @@ export function groupsView(run) {
   const buttons = [button("first", () => known.first), button("earlier", () => known.previous), button("later", () => known.next), button("newest", () => null)];
   const said = el("span", { class: "soft", role: "status" });
 
+  let turn = 0;
+
   async function show(step) {
+    const mine = (turn += 1);
     try {
-      known = await ask(runPath(run, `/groups${step === null || step === "" ? "" : `?step=${encodeURIComponent(step)}`}`));
+      const found = await ask(runPath(run, `/groups${step === null || step === "" ? "" : `?step=${encodeURIComponent(step)}`}`));
+      if (mine !== turn) return; // another step was asked for meanwhile
+      known = found;
     } catch (error) {
       shown.replaceChildren(failure(error));
       return;
@@ -73,42 +78,51 @@ export function samplesView(run) {
   const source = el("select", { "aria-label": "source", change: () => restart() }, el("option", { value: "" }, "all sources"));
   const shown = el("div", {}), said = el("p", { class: "soft", role: "status" });
   const more = el("button", { type: "button", click: () => page() }, "more");
-  let next = null;
+  let next = null, turn = 0;
 
   function restart() {
     next = null;
+    turn += 1;
+    said.textContent = "looking…";
     shown.replaceChildren();
     page();
   }
 
   async function page() {
-    const [kind, value] = which.value.split(":");
+    const [kind, value] = which.value.split(":"), mine = turn;
     source.hidden = kind === "order";
+    more.disabled = true;
     try {
       const found = await (kind === "filter" ? filtered(value) : ordered(value));
-      shown.append(...found);
+      if (mine !== turn) return; // another choice was made meanwhile
+      shown.append(...found());
     } catch (error) {
-      shown.replaceChildren(failure(error));
+      if (mine === turn) shown.replaceChildren(failure(error));
     }
+    more.disabled = false;
     more.hidden = next === null;
   }
 
   async function filtered(value) {
     const query = new URLSearchParams({ filter: value, source: source.value, ...(next === null ? {} : { before: next }) });
     const found = await ask(runPath(run, `/samples?${query}`));
-    next = found.before;
-    for (const name of found.sources) if (![...source.options].some((option) => option.value === name)) source.append(el("option", { value: name }, name));
-    const through = found.steps.length ? `looked through steps ${found.steps[0]} to ${found.steps[1]}` : "there are no groups yet";
-    said.textContent = `${found.groups.length} groups; ${through}${next === null ? ", which is all" : ""}.`;
-    return found.groups.map(groupCard);
+    return () => {
+      next = found.before;
+      for (const name of found.sources) if (![...source.options].some((option) => option.value === name)) source.append(el("option", { value: name }, name));
+      const through = found.steps.length ? `looked through steps ${found.steps[0]} to ${found.steps[1]}` : "there are no groups yet";
+      said.textContent = `${found.groups.length} groups; ${through}${next === null ? ", which is all" : ""}.`;
+      return found.groups.map(groupCard);
+    };
   }
 
   async function ordered(value) {
     const found = await ask(runPath(run, `/changed?${new URLSearchParams({ order: value, start: next ?? 0 })}`));
-    next = found.next;
-    said.textContent = found.count ? `${found.count} replies of the look at step ${found.steps[1]}, beside those at step ${found.steps[0]}.`
-      : "There are no two looks at held-out prompts to compare yet. They are made every witness.every steps.";
-    return found.pairs.map(pairCard);
+    return () => {
+      next = found.next;
+      said.textContent = found.count ? `${found.count} replies of the look at step ${found.steps[1]}, beside those at step ${found.steps[0]}.`
+        : "There are no two looks at held-out prompts to compare yet. They are made every witness.every steps.";
+      return found.pairs.map(pairCard);
+    };
   }
 
   page();
