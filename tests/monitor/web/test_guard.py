@@ -162,73 +162,37 @@ def test_whoever_follows_a_link_from_elsewhere_sees_the_page(server: Server) -> 
     assert server.ask("/api/runs", headers=followed).status == 403
 
 
+UPWARDS = r".. ../ ../outside/secret ..%2f..%2fetc%2fpasswd %2e%2e%2f %252e%252e%252f ..\ ..%5c %c0%ae%c0%ae/ .%00./".split()  # noqa: SIM905
+ROOTS = r"/etc/passwd //etc/passwd C:\Windows C:/Windows \\host\share file:///etc/passwd ~ ~root $HOME %2fetc%2fpasswd".split()  # noqa: SIM905
+DEVICES = "CON NUL COM1 aux.txt . ... .git .lock one/ one/. one/.. one/../two one/recipe.yaml ./one".split()  # noqa: SIM905
+ODD = [
+    "\u2024\u2024",
+    "\uff0e\uff0e\uff0f",
+    "one\u200b",
+    "ONE",
+    "one ",
+    " one",
+    "one\0",
+    "a" * 300,
+    "%",
+    "%%",
+    "%zz",
+    "one%00.json",
+    "*",
+    "?",
+    "link",
+]
+
+
 def names_that_lead_out() -> list[str]:
-    ups = [
-        "..",
-        "../",
-        "../outside/secret",
-        "..%2f..%2fetc%2fpasswd",
-        "%2e%2e%2f",
-        "%252e%252e%252f",
-        "..\\",
-        "..%5c",
-        "%c0%ae%c0%ae/",
-        ".%00./",
+    """Of runs, were a name a path."""
+    mixed = [
+        *(f"one/{up}" for up in UPWARDS),
+        *(f"{up}/one" for up in UPWARDS),
+        *(f"one{up}" for up in UPWARDS),
+        *(f"two{up}" for up in UPWARDS),
     ]
-    roots = [
-        "/etc/passwd",
-        "//etc/passwd",
-        "C:\\Windows",
-        "C:/Windows",
-        "\\\\host\\share",
-        "file:///etc/passwd",
-        "~",
-        "~root",
-        "$HOME",
-        "%2fetc%2fpasswd",
-    ]
-    devices = [
-        "CON",
-        "NUL",
-        "COM1",
-        "aux.txt",
-        ".",
-        "...",
-        ".git",
-        ".lock",
-        "one/",
-        "one/.",
-        "one/..",
-        "one/../two",
-        "one/recipe.yaml",
-        "./one",
-        "one\0",
-    ]
-    odd = [
-        "\u2024\u2024",
-        "\uff0e\uff0e\uff0f",
-        "one\u200b",
-        "ONE",
-        "one ",
-        " one",
-        "a" * 300,
-        "%",
-        "%%",
-        "%zz",
-        "one%00.json",
-        "*",
-        "?",
-        "[o]ne",
-        "link",
-        "linked",
-    ]
-    all_of = [*ups, *roots, *devices, *odd]
-    return [
-        *all_of,
-        *(f"one/{name}" for name in ups),
-        *(f"{name}/one" for name in ups),
-        *(f"{name}{up}" for name in ("one", "two") for up in ups),
-    ]
+    return [*UPWARDS, *ROOTS, *DEVICES, *ODD, "linked", "[o]ne", *mixed]
 
 
 OPENING = """
