@@ -43,8 +43,8 @@ RECIPE, RUN, METRICS, SAMPLES, EVENTS = "recipe.yaml", "run.json", "metrics.json
 LOOKS = "witnesses.jsonl"
 _LONGEST_LINE = 2**16
 """Bytes, of metrics.jsonl."""
-_LOCK, _WRITER = ".lock", ".writer"
-_HOLDER = re.compile(r"process (\d+) on host (\S+)\n")
+LOCK, WRITER = ".lock", ".writer"
+HOLDER = re.compile(r"process (\d+) on host (\S+)\n")
 _DEEPEST = "checkpoints/.tmp-step-0000000012/policy/adapter_model.safetensors"
 """A run's longest path, so that a name too long for it is known before."""
 _EXACT_LOGS = (METRICS, SAMPLES, LOOKS)
@@ -100,10 +100,7 @@ class RunDirectory:
         Raises RunDirectoryError when there is none, another process writes it, or a link in it leads outside.
         """
         path = _usable_path(path)
-        if not (path / RECIPE).is_file():
-            raise RunDirectoryError(
-                f"{path} is not a run directory: it has no {RECIPE}. Name the folder a training run wrote, such as runs/miniature-1."
-            )
+        _check_is_run(path)
         _refuse_links_out(path)  # before the lock: taking it writes
         run = cls(path, _acquire(path))
         try:
@@ -113,6 +110,13 @@ class RunDirectory:
             run.close()
             raise
         return run
+
+    @classmethod
+    def reading(cls, path: str | Path) -> RunDirectory:
+        """An existing run, to look at while another process may write it: nothing is locked or mended. RunDirectoryError without one."""
+        path = _usable_path(path)
+        _check_is_run(path)
+        return cls(path, FileLock(path / LOCK, timeout=0, thread_local=False))
 
     @property
     def recipe(self) -> Path:
@@ -248,7 +252,7 @@ class RunDirectory:
     def close(self) -> None:
         """Let another process write. Closing twice is fine."""
         if self.is_held:
-            (self.path / _WRITER).unlink(missing_ok=True)
+            (self.path / WRITER).unlink(missing_ok=True)
             self._lock.release()
 
     def __enter__(self) -> RunDirectory:
@@ -306,6 +310,13 @@ def _usable_path(path: str | Path) -> Path:
     return Path(path)
 
 
+def _check_is_run(path: Path) -> None:
+    if not (path / RECIPE).is_file():
+        raise RunDirectoryError(
+            f"{path} is not a run directory: it has no {RECIPE}. Name the folder a training run wrote, such as runs/miniature-1."
+        )
+
+
 def _refuse_existing_run(path: Path) -> None:
     with translated(path):
         if path.exists() and not path.is_dir():
@@ -339,7 +350,7 @@ def _undo(written: Sequence[Path], made: Sequence[Path], path: Path) -> None:
     for file in written:
         file.unlink(missing_ok=True)
     if path in made:  # an older folder may hold the lock of another process
-        (path / _LOCK).unlink(missing_ok=True)
+        (path / LOCK).unlink(missing_ok=True)
     for folder in made:
         try:
             folder.rmdir()
@@ -348,8 +359,8 @@ def _undo(written: Sequence[Path], made: Sequence[Path], path: Path) -> None:
 
 
 def _acquire(path: Path) -> FileLock:
-    lock = FileLock(path / _LOCK, timeout=0, thread_local=False)
-    with translated(path / _LOCK):
+    lock = FileLock(path / LOCK, timeout=0, thread_local=False)
+    with translated(path / LOCK):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the soft lock, which is refused below
@@ -362,7 +373,7 @@ def _acquire(path: Path) -> FileLock:
             lock.release(force=True)
             raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
     try:
-        write_atomically(path / _WRITER, f"process {os.getpid()} on host {socket.gethostname()}\n")
+        write_atomically(path / WRITER, f"process {os.getpid()} on host {socket.gethostname()}\n")
     except BaseException:
         lock.release()
         raise
@@ -372,10 +383,10 @@ def _acquire(path: Path) -> FileLock:
 def _in_use(path: Path) -> str:
     """Who holds the lock, and what to do. What the file says may be of an earlier holder, until the new one has written it."""
     try:
-        found = _HOLDER.fullmatch((path / _WRITER).read_text(encoding="utf-8", errors="replace"))
+        found = HOLDER.fullmatch((path / WRITER).read_text(encoding="utf-8", errors="replace"))
     except OSError:
         found = None
     said = f"{path} is being written by {found[0].strip() if found else 'another process'}. "
     if found is None or found[2] == socket.gethostname():
         return f"{said}Wait until that run ends or stop it, or choose another output_dir."
-    return f"{said}Wait until that run ends or stop it there. If that machine is gone for good, delete {path / _LOCK} and try again."
+    return f"{said}Wait until that run ends or stop it there. If that machine is gone for good, delete {path / LOCK} and try again."
