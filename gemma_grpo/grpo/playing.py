@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import Literal
 
 import torch
 
@@ -34,10 +34,8 @@ from gemma_grpo.monitor.choices import FINAL, Choice, choices, chosen
 from gemma_grpo.monitor.events import RunDirectory
 from gemma_grpo.rollout.engine import SamplingParams
 from gemma_grpo.rollout.streaming import DrawnToken, stream
-from gemma_grpo.types import Completion, Message, PreferencePair, Prompt, RolloutGroup
+from gemma_grpo.types import Completion, Message, PreferencePair, Prompt, RolloutGroup, Side
 
-Side: TypeAlias = Literal["tuned", "base"]
-SIDES: tuple[Side, ...] = get_args(Side)
 _ROLES = {"tuned": "policy", "base": REFERENCE}
 PLAY_STEP = -4
 """Sampling counter of what is played: neither training nor any measurement draws the same numbers."""
@@ -225,8 +223,8 @@ class Player:
         self.model.fit_precision([prompt.token_ids for prompt in probes], divisor=divisor)
 
     def _params(self, side: Side, seed: int, max_tokens: int | None, temperature: float | None) -> SamplingParams:
-        if side not in SIDES:
-            raise ValueError(f"the side is {side!r}; there are {' and '.join(SIDES)}. Name one of them.")
+        if side not in _ROLES:
+            raise ValueError(f"the side is {side!r}; there are {' and '.join(_ROLES)}. Name one of them.")
         params = sampling_params(self.config, PLAY_STEP, role=_ROLES[side], num_generations=1)
         warmth = self.config.temperature if temperature is None else temperature
         if not 0 <= warmth <= 100:
