@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gemma_grpo.cli import compare, data, demo, doctor, plan, recipes, say_stopped, training
+from gemma_grpo.cli import chat, compare, data, demo, doctor, plan, recipes, say_stopped, training
 from gemma_grpo.cli.errors import Exit, output_error, report
 from gemma_grpo.cli.printing import say
 
@@ -35,6 +35,7 @@ app.command("train")(training.train)
 app.command("evaluate")(training.evaluate)
 app.command("report")(training.report)
 app.command("compare")(compare.compare)
+app.command("chat")(chat.chat)
 
 
 def _version(asked: bool) -> None:
