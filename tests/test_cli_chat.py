@@ -7,20 +7,24 @@ import json
 import os
 import pty
 import select
+import shutil
 import subprocess
 import sys
 import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from command_line import PATIENCE, Process, forked
 from conftest import PAIR_ROWS, TinyRun
+from safetensors.torch import load_file, save_file
 
 from gemma_grpo.cli.chat import difference_line, opinion_lines
-from gemma_grpo.cli.conversation import BOTH, Conversation
+from gemma_grpo.cli.conversation import BOTH, Conversation, free_file
 from gemma_grpo.grpo.opinion import Opinion, Part
 from gemma_grpo.grpo.playing import Player, Reply
 from gemma_grpo.monitor.events import RunDirectory
@@ -183,6 +187,27 @@ def test_where_the_terminal_is_not_utf8_all_is_ascii(finished: TinyRun) -> None:
     done = subprocess.run(words, input="say \u00e9\n".encode("latin-1"), capture_output=True, env=environment, timeout=PATIENCE, check=True)
     assert done.stdout.split(b"tuned> ")[1].isascii()
     assert b"\\ufffd" in done.stdout or b"\\x" in done.stdout
+
+
+def test_a_chat_is_not_kept_where_a_link_leads_out_of_the_run(tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    elsewhere.mkdir()
+    assert free_file(run) == run / "chats" / "chat-1.jsonl"
+    (run / "chats").symlink_to(elsewhere)
+    with pytest.raises(ValueError, match=r"is a link to .* outside the run directory"):
+        free_file(run)
+
+
+def test_an_answer_that_fails_ends_its_line_and_the_conversation_goes_on(finished: TinyRun, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished.path, tmp_path / "run"))
+    weights = load_file(run / "adapter" / "adapter_model.safetensors")
+    huge = {name: torch.full_like(weight, 1e38) for name, weight in weights.items()}
+    save_file(huge, run / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    process = talk(TinyRun(SimpleNamespace(run_dir=run), {}), tmp_path, "hello", "/base", "again")
+    assert process.code == 0, process.err
+    assert "tuned> \nerror: the policy's logits are not finite at completion position 0: its weights have diverged.\n" in process.out
+    assert "base from here on\nyou> again\nbase> " in process.out
 
 
 # ---- refusals before a model is loaded, or beside a training

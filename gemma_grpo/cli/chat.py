@@ -93,6 +93,8 @@ class _Chat:
 
     def go(self) -> None:
         """Until there is no line any more, or /quit; Ctrl+C at the prompt leaves too."""
+        from gemma_grpo.model.memory import DoesNotFitError
+
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             for line in _lines():
@@ -100,7 +102,7 @@ class _Chat:
                     return
                 try:
                     self._act(line)
-                except ValueError as error:  # what was asked cannot be had; the conversation can go on
+                except (ValueError, ArithmeticError, DoesNotFitError) as error:  # this cannot be had; the conversation can go on
                     say(f"error: {printable(str(error))}", flush=True)
         except KeyboardInterrupt:
             say("", flush=True)
@@ -127,7 +129,7 @@ class _Chat:
                 last.append(self._answer_of(side))
                 if len(self.conversation.sides) > 1:
                     say(difference_line(last[-1].reply), flush=True)
-        except ValueError:
+        except Exception:
             self.conversation.withdraw()
             raise
         self.last = last
@@ -139,16 +141,17 @@ class _Chat:
             limit = self.player.config.max_prompt_length
             say(f"  [the {left_out} oldest messages are left out: with them it is longer than max_prompt_length, {limit} tokens]")
         shown, reply = ModelText(f"{side}> "), None
-        with _until_interrupted() as interrupted:
-            asked = self.player.stream(
-                messages, side, seed=self.seed, max_tokens=self.max_tokens, temperature=self.temperature, stop=interrupted
-            )
-            for piece in asked:
-                if isinstance(piece, str):
-                    shown.add(piece)
-                else:
-                    reply = piece
-        shown.end()
+        try:
+            with _until_interrupted() as interrupted:
+                for piece in self.player.stream(
+                    messages, side, seed=self.seed, max_tokens=self.max_tokens, temperature=self.temperature, stop=interrupted
+                ):
+                    if isinstance(piece, str):
+                        shown.add(piece)
+                    else:
+                        reply = piece
+        finally:
+            shown.end()
         assert reply is not None
         if reply.finish != "stop":
             say(f"  [{'interrupted' if reply.finish == 'interrupted' else 'cut off'} after {reply.length} tokens]", flush=True)
