@@ -60,7 +60,7 @@ def chat(
     """Talk to a run's model, before and after training: adapter off and on, with the reward's opinion. /help lists the commands."""
     choice = chosen(run, checkpoint)
     code, config = allowed_code(allow_code, code_sha256, run), load_recipe(run / "recipe.yaml")
-    say(f"loading {printable(config.model_name)} with {choice.about} ...", flush=True)
+    say(f"loading {printable(config.model_name)} with {choice.name}, {choice.about} ...", flush=True)
 
     from gemma_grpo.grpo.playing import Player
     from gemma_grpo.grpo.setup import functions_of
@@ -201,7 +201,9 @@ class _Chat:
             self.player.choose(name)
         present = self.player.choice
         for one in choices(self.run):
-            say(f"{'*' if present and one.name == present.name else ' '} {one.name}: {one.about}", flush=True)
+            own = present is not None and one.name == present.name
+            about = present.about if present is not None and own else one.about  # what was loaded: a run that goes on replaces its best
+            say(f"{'*' if own else ' '} {one.name}: {about}", flush=True)
 
     def _new(self, _: str) -> None:
         self.conversation.begin()

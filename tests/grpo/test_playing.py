@@ -203,6 +203,13 @@ def test_what_cannot_be_asked_is_refused_with_the_limit(player: Player, settings
 # ---- the reward's opinion
 
 
+def test_asking_the_reward_changes_no_answer(finished: TinyRun) -> None:
+    player = Player.open(finished.path)
+    before = [asked(player, side, max_tokens=20) for side in ("tuned", "base")]
+    player.opinion(ASKED, before[0])
+    assert [asked(player, side, max_tokens=20) for side in ("tuned", "base")] == before
+
+
 def test_the_opinion_is_the_reward_of_training_part_by_part(player: Player, finished: TinyRun) -> None:
     trainer = GRPOTrainer.from_run(finished.path)
     trainer.run.close()
