@@ -38,6 +38,32 @@ def one_line(text: str, *, limit: int, ascii_only: bool = False) -> str:
     return shown if len(shown) <= limit else shown[: max(0, limit - len(mark))].rstrip() + mark
 
 
+class VisibleStream:
+    """`visible` text that comes in pieces: all that it gives out, joined, is what `visible` makes of all that came in, joined."""
+
+    def __init__(self, *, ascii_only: bool = False) -> None:
+        self._ascii_only = ascii_only
+        self._before, self._held = "", ""
+
+    def add(self, piece: str) -> str:
+        """What can be shown now: a joiner waits for its neighbour."""
+        text = self._held + piece
+        ready = text.rstrip(_JOINERS)
+        self._held = text[len(ready) :]
+        return self._shown(ready)
+
+    def end(self) -> str:
+        """What was held back."""
+        held, self._held = self._held, ""
+        return self._shown(held)
+
+    def _shown(self, text: str) -> str:
+        if not text:
+            return ""
+        before, self._before = self._before, text[-1]
+        return visible(before + text, ascii_only=self._ascii_only)[len(visible(before, ascii_only=self._ascii_only)) :]
+
+
 def _harmless(text: str, index: int) -> bool:
     char = text[index]
     if char in _JOINERS:

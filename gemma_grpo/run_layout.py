@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 RECIPE, RUN = "recipe.yaml", "run.json"
 METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "events.jsonl"
 LOOKS = "witnesses.jsonl"
 EVALUATION = "evaluation.json"
-WRITER = ".writer"
-"""Says who holds the lock: "process 12 on host name"."""
+LOCK, WRITER = ".lock", ".writer"
+HOLDER = re.compile(r"process (\d+) on host (\S+)\n")
+"""What the second says of who holds the first."""

@@ -12,6 +12,8 @@ from typing import Any, Literal, TypedDict
 
 Role = Literal["system", "user", "assistant"]
 Finish = Literal["stop", "length"]
+Side = Literal["base", "tuned"]
+"""Of a run's model: its adapter off or on."""
 
 
 class Message(TypedDict):

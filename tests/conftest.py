@@ -35,6 +35,7 @@ CHECKED_MODULES = [
     "gemma_grpo.rollout.local",
     "gemma_grpo.rollout.running",
     "gemma_grpo.rollout.sampling",
+    "gemma_grpo.rollout.streaming",
 ]
 install_import_hook(CHECKED_MODULES, "beartype.beartype")
 

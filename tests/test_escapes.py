@@ -7,7 +7,7 @@ import unicodedata
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_grpo.escapes import one_line, printable, visible
+from gemma_grpo.escapes import VisibleStream, one_line, printable, visible
 
 
 def test_terminal_commands_are_written_out() -> None:
@@ -49,3 +49,14 @@ def test_one_line_joins_lines_and_marks_the_cut() -> None:
     assert one_line("one\n\n  two", limit=20) == "one two"
     assert one_line("one two three", limit=8) == "one two…"
     assert one_line("one two three", limit=8, ascii_only=True) == "one t..."
+
+
+@given(st.lists(st.text(st.characters() | st.sampled_from("\u200c\u200d\x1baé👩"), max_size=3)), st.booleans())
+def test_text_in_pieces_is_shown_as_the_whole_is(pieces: list[str], ascii_only: bool) -> None:
+    stream = VisibleStream(ascii_only=ascii_only)
+    assert "".join([*map(stream.add, pieces), stream.end()]) == visible("".join(pieces), ascii_only=ascii_only)
+
+
+def test_text_in_pieces_waits_for_nothing_but_a_joiners_neighbour() -> None:
+    stream = VisibleStream()
+    assert [stream.add(piece) for piece in ("👩", "\u200d", "🔬", "a\u200d", "b")] == ["👩", "", "\u200d🔬", "a", "\\u200db"]

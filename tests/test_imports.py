@@ -23,7 +23,7 @@ def test_the_package_and_its_settings_load_no_torch() -> None:
     assert loaded_after("import gemma_grpo; gemma_grpo.GRPOConfig()") == set()
 
 
-@pytest.mark.parametrize("line", ["--help", "train --help", "recipes list", "train miniature batch_size=0"])
+@pytest.mark.parametrize("line", ["--help", "train --help", "recipes list", "train miniature batch_size=0", "chat --help", "chat nowhere"])
 def test_help_recipes_and_wrong_settings_load_no_torch(line: str) -> None:
     assert loaded_after(f"from gemma_grpo.cli import run; run({line.split()!r})") == set()
 

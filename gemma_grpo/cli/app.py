@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gemma_grpo.cli import compare, data, demo, doctor, plan, recipes, say_stopped, training, watch
+from gemma_grpo.cli import chat, compare, data, demo, doctor, plan, recipes, say_stopped, training, watch
 from gemma_grpo.cli.errors import Exit, output_error, report
 from gemma_grpo.cli.printing import say
 
@@ -36,6 +36,7 @@ app.command("evaluate")(training.evaluate)
 app.command("report")(training.report)
 app.command("compare")(compare.compare)
 app.command("watch")(watch.watch)
+app.command("chat")(chat.chat)
 
 
 def _version(asked: bool) -> None:

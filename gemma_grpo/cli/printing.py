@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from gemma_grpo.escapes import visible
+from gemma_grpo.escapes import VisibleStream, visible
 from gemma_grpo.redact import redact
 
 
@@ -16,6 +16,32 @@ def say(*lines: str, end: str = "\n", flush: bool = False) -> None:
 def say_data(text: str) -> None:
     """Print rows of a dataset: what looks like a secret there is the dataset's own and stays."""
     print(visible(text))
+
+
+class ModelText:
+    """Prints a model's words while they come, after a label. Only a label stands at the beginning of a line: no reply can look like one."""
+
+    def __init__(self, label: str) -> None:
+        self._stream = VisibleStream(ascii_only=not is_utf8())
+        say(label, end="", flush=True)
+
+    def add(self, piece: str) -> None:
+        """Some more of the reply."""
+        self._print(self._stream.add(piece))
+
+    def end(self) -> None:
+        """The reply is over."""
+        self._print(self._stream.end())
+        print(flush=True)
+
+    def _print(self, text: str) -> None:
+        if text:
+            print(text.replace("\n", "\n  "), end="", flush=True)
+
+
+def is_utf8() -> bool:
+    """Whether stdout takes every character."""
+    return (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") in ("utf8", "utf8sig")
 
 
 def complain(text: str) -> None:

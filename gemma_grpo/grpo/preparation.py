@@ -15,6 +15,7 @@ from typing import Any
 from gemma_grpo import watchdog
 from gemma_grpo.config import GRPOConfig, dump_recipe
 from gemma_grpo.grpo import preflight, resuming
+from gemma_grpo.grpo.beside import device_record
 from gemma_grpo.grpo.judges import Judges
 from gemma_grpo.grpo.progress import StepUnderWay
 from gemma_grpo.grpo.setup import TRAINED, Rows, build_training_data, load_rows, reward_weights
@@ -86,7 +87,7 @@ class Preparation:
                 if resume:
                     resuming.check_data(self.run, self.data, self.config.dataset)
                 resuming.check_base(self.run, self.config.model_name, self.model.checksums)
-                self.run.event("start", resume=resume)
+                self.run.event("start", resume=resume, **device_record(self.model.device))
                 yield
             except BaseException as error:
                 if self._run is not None:

@@ -35,15 +35,13 @@ from gemma_grpo.monitor.durable import (
     write_atomically,
 )
 from gemma_grpo.redact import redact_all
-from gemma_grpo.run_layout import EVENTS, LOOKS, METRICS, RECIPE, RUN, SAMPLES, WRITER
+from gemma_grpo.run_layout import EVENTS, HOLDER, LOCK, LOOKS, METRICS, RECIPE, RUN, SAMPLES, WRITER
 from gemma_grpo.types import ScoredGroup, StepRecord
 
 __all__ = ["RunDirectory", "RunDirectoryError", "next_run_path"]
 
 _LONGEST_LINE = 2**16
 """Bytes, of metrics.jsonl."""
-_LOCK = ".lock"
-_HOLDER = re.compile(r"process (\d+) on host (\S+)\n")
 _DEEPEST = "checkpoints/.tmp-step-0000000012/policy/adapter_model.safetensors"
 """A run's longest path, so that a name too long for it is known before."""
 _EXACT_LOGS = (METRICS, SAMPLES, LOOKS)
@@ -99,10 +97,7 @@ class RunDirectory:
         Raises RunDirectoryError when there is none, another process writes it, or a link in it leads outside.
         """
         path = _usable_path(path)
-        if not (path / RECIPE).is_file():
-            raise RunDirectoryError(
-                f"{path} is not a run directory: it has no {RECIPE}. Name the folder a training run wrote, such as runs/miniature-1."
-            )
+        _check_is_run(path)
         _refuse_links_out(path)  # before the lock: taking it writes
         run = cls(path, _acquire(path))
         try:
@@ -112,6 +107,13 @@ class RunDirectory:
             run.close()
             raise
         return run
+
+    @classmethod
+    def reading(cls, path: str | Path) -> RunDirectory:
+        """An existing run, to look at while another process may write it: nothing is locked or mended. RunDirectoryError without one."""
+        path = _usable_path(path)
+        _check_is_run(path)
+        return cls(path, FileLock(path / LOCK, timeout=0, thread_local=False))
 
     @property
     def recipe(self) -> Path:
@@ -305,6 +307,13 @@ def _usable_path(path: str | Path) -> Path:
     return Path(path)
 
 
+def _check_is_run(path: Path) -> None:
+    if not (path / RECIPE).is_file():
+        raise RunDirectoryError(
+            f"{path} is not a run directory: it has no {RECIPE}. Name the folder a training run wrote, such as runs/miniature-1."
+        )
+
+
 def _refuse_existing_run(path: Path) -> None:
     with translated(path):
         if path.exists() and not path.is_dir():
@@ -338,7 +347,7 @@ def _undo(written: Sequence[Path], made: Sequence[Path], path: Path) -> None:
     for file in written:
         file.unlink(missing_ok=True)
     if path in made:  # an older folder may hold the lock of another process
-        (path / _LOCK).unlink(missing_ok=True)
+        (path / LOCK).unlink(missing_ok=True)
     for folder in made:
         try:
             folder.rmdir()
@@ -347,8 +356,8 @@ def _undo(written: Sequence[Path], made: Sequence[Path], path: Path) -> None:
 
 
 def _acquire(path: Path) -> FileLock:
-    lock = FileLock(path / _LOCK, timeout=0, thread_local=False)
-    with translated(path / _LOCK):
+    lock = FileLock(path / LOCK, timeout=0, thread_local=False)
+    with translated(path / LOCK):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the soft lock, which is refused below
@@ -371,10 +380,10 @@ def _acquire(path: Path) -> FileLock:
 def _in_use(path: Path) -> str:
     """Who holds the lock, and what to do. What the file says may be of an earlier holder, until the new one has written it."""
     try:
-        found = _HOLDER.fullmatch((path / WRITER).read_text(encoding="utf-8", errors="replace"))
+        found = HOLDER.fullmatch((path / WRITER).read_text(encoding="utf-8", errors="replace"))
     except OSError:
         found = None
     said = f"{path} is being written by {found[0].strip() if found else 'another process'}. "
     if found is None or found[2] == socket.gethostname():
         return f"{said}Wait until that run ends or stop it, or choose another output_dir."
-    return f"{said}Wait until that run ends or stop it there. If that machine is gone for good, delete {path / _LOCK} and try again."
+    return f"{said}Wait until that run ends or stop it there. If that machine is gone for good, delete {path / LOCK} and try again."

@@ -40,6 +40,11 @@ EVERY_TOKEN = Pace(check_every=1, length_step=1, thin_out_at=1.0)
 IN_BURSTS = Pace(check_every=16, length_step=64, thin_out_at=0.5)
 
 
+def default_pace(model: Gemma) -> Pace:
+    """What suits the model's device."""
+    return IN_BURSTS if model.device.type == "cuda" else EVERY_TOKEN
+
+
 class LocalEngine:
     """Samples in eval mode, in the dtype and with the adapter of training: |sampling - training log-prob| is rounding alone.
 
@@ -58,7 +63,7 @@ class LocalEngine:
         pace: Pace | None = None,
     ) -> None:
         self.model, self.kv_tokens, self.stop_ids, self.processor = model, kv_tokens, tuple(stop_ids), processor
-        self.pace = pace or (IN_BURSTS if model.device.type == "cuda" else EVERY_TOKEN)
+        self.pace = pace or default_pace(model)
 
     @torch.inference_mode()
     def sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[RolloutGroup]:

@@ -115,6 +115,18 @@ class RunningRows:
 
     # ---- rows go
 
+    def latest(self) -> list[tuple[int, int, float]]:
+        """Number, token and log-probability of what each row has drawn last. Waits for the device, at every call.
+
+        Raises FloatingPointError where a row's logits were not finite.
+        """
+        rows = range(len(self.numbers))
+        drawn = [min(self.cache.host_lengths[row], self.room.length - 1) for row in rows]
+        both = torch.stack([states[list(rows), drawn].double() for states in (self._tokens, self._logprobs)]).tolist()
+        for row in rows:
+            _check_finite(both[1][row : row + 1], self.params.role, drawn[row])
+        return [(self.numbers[row], int(both[0][row]), both[1][row]) for row in rows]
+
     def finished(self) -> Iterator[tuple[int, list[int], list[float]]]:
         """Number, tokens and log-probabilities of each row that has ended since the last call.
 
@@ -205,7 +217,8 @@ def filled_from_the_end(wanted: Sequence[bool]) -> list[int]:
     return [place if wanted[place] else next(movers) for place in range(count)]
 
 
-def _check_finite(logprobs: Sequence[float], role: str) -> None:
-    broken = next((place for place, logprob in enumerate(logprobs) if not math.isfinite(logprob)), None)
+def _check_finite(logprobs: Sequence[float], role: str, first: int = 0) -> None:
+    """`first` is the completion position of the first of them."""
+    broken = next((place for place, logprob in enumerate(logprobs, first) if not math.isfinite(logprob)), None)
     if broken is not None:
         raise FloatingPointError(f"the {role}'s logits are not finite at completion position {broken}: its weights have diverged.")

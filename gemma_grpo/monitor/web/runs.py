@@ -6,7 +6,6 @@ Owns the way from a run's name in a request to its folder: a name is looked up a
 from __future__ import annotations
 
 import os
-import re
 import socket
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from gemma_grpo.containment import link_out
 from gemma_grpo.monitor import findings, watched
 from gemma_grpo.monitor.run_files import Record, parse_object, real, records
 from gemma_grpo.monitor.web.logs import last_line, lines_before, size, spread_lines
-from gemma_grpo.run_layout import EVALUATION, EVENTS, LOOKS, METRICS, RECIPE, RUN, SAMPLES, WRITER
+from gemma_grpo.run_layout import EVALUATION, EVENTS, HOLDER, LOOKS, METRICS, RECIPE, RUN, SAMPLES, WRITER
 
 SPARK_POINTS = 60
 MOST_RUNS = 500
@@ -123,7 +122,7 @@ def status(path: Path, run: Record) -> tuple[str, str]:
 
 def _writer(path: Path) -> str:
     """Whether the process that holds the run is "here", "elsewhere" or "gone"."""
-    found = re.fullmatch(r"process (\d+) on host (\S+)\s*", read_text(path / WRITER))
+    found = HOLDER.fullmatch(read_text(path / WRITER))
     if found is None:
         return "gone"
     if found[2] != socket.gethostname():
