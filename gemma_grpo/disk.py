@@ -61,3 +61,16 @@ def write_whole(path: Path, data: bytes, disk: Disk = DISK) -> None:
             temporary.unlink(missing_ok=True)
         raise
     disk.sync(path.parent)
+
+
+def append_all(path: Path, data: bytes) -> None:
+    """Append all of `data` or, when the disk refuses, none of it. Raises OSError."""
+    with path.open("ab", buffering=0) as log:
+        size = log.tell()
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[log.write(view) or 0 :]
+        except OSError:
+            log.truncate(size)
+            raise

@@ -56,7 +56,7 @@ ROWS: dict[str, float] = {
 WITHOUT_TORCH = (ASIDE, -0.5, 0, 7)
 
 HOMES = {
-    "pydantic": ("config",),
+    "pydantic": ("config", "monitor.web"),
     "yaml": ("config",),
     "typer": ("cli",),
     "torch.distributed": ("distributed",),

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gemma_grpo.disk import write_whole
+from gemma_grpo.disk import append_all, write_whole
 
 
 class RunDirectoryError(ValueError):
@@ -78,15 +78,8 @@ def _plain(value: Any, where: str) -> Any:
 
 def append_whole(path: Path, data: bytes) -> None:
     """Append all of `data` or, when the disk refuses, none of it."""
-    with translated(path), path.open("ab", buffering=0) as log:
-        size = log.tell()
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[log.write(view) or 0 :]
-        except OSError:
-            log.truncate(size)
-            raise
+    with translated(path):
+        append_all(path, data)
 
 
 def write_atomically(path: Path, text: str) -> None:

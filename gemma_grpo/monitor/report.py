@@ -25,6 +25,7 @@ from gemma_grpo.monitor.frontier_chart import frontier_chart
 from gemma_grpo.monitor.profile_table import TITLE, profile_notes, profile_rows
 from gemma_grpo.monitor.run_charts import Lines, charts, training_panels, watched_panels
 from gemma_grpo.monitor.run_files import Record, RunFiles, read_run_files, real, records
+from gemma_grpo.monitor.votes import tally, tally_line
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 _SHOWN_GROUPS = 3
@@ -76,6 +77,7 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "verdict": findings.verdict(files.evaluation),
         "measures": _measures(files.evaluation),
         "arms": ["this run", *baselines],
+        "votes": tally_line(voted) if (voted := tally(files.votes)) else "",
         "compared": findings.compared([files.evaluation, *baselines.values()]) if baselines else [],
         "abilities": _abilities(files.evaluation),
         "kinds": findings.kind_rows(files.evaluation),

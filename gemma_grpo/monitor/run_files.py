@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_grpo.run_layout import EVALUATION, EVENTS, LOOKS, METRICS, RECIPE, RUN, SAMPLES
+from gemma_grpo.run_layout import EVALUATION, EVENTS, LOOKS, METRICS, RECIPE, RUN, SAMPLES, VOTES
 
 Record = Mapping[str, Any]
 _KEPT_GROUPS = 64
@@ -38,6 +38,8 @@ class RunFiles:
     calibration: Record
     profile: Record
     """Of a run with `train --profile` only."""
+    votes: list[Record]
+    """Of people who compared replies blindly; most runs have none."""
     problems: list[str]
     """One sentence for each file that is missing or damaged."""
 
@@ -61,6 +63,7 @@ def read_run_files(path: str | Path) -> RunFiles:
         evaluation=_object(path / EVALUATION, problems),
         calibration=_object(path / "reward" / "calibration.json", problems),
         profile=_object(path / "profile.json", problems) if (path / "profile.json").is_file() else {},
+        votes=list(_lines(path / VOTES, problems)) if (path / VOTES).is_file() else [],
         problems=problems,
     )
 

@@ -1,6 +1,7 @@
-"""The page's addresses. Each reads files and answers; nothing here changes a run.
+"""The page's addresses. Each reads files and answers; what changes of a run is its votes.jsonl alone.
 
-GET alone, and no address is a path: a run is named as the list of runs names it. Files are read in threads, a few at a time.
+No address is a path: a run is named as the list of runs names it. Files are read in threads, a few at a time. All is read by GET but for
+the playground's questions and votes (playground.py), which guard.py lets in under stricter terms.
 """
 
 from __future__ import annotations
@@ -9,27 +10,29 @@ from collections.abc import AsyncIterator, Callable
 from functools import cache
 from importlib.resources import files as package_files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio.to_thread
+from pydantic import BaseModel, ValidationError
 from sse_starlette.sse import EventSourceResponse
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from gemma_grpo.config import ConfigError
 from gemma_grpo.monitor import watched
 from gemma_grpo.monitor.web import groups, runs, stream
-from gemma_grpo.monitor.web.answers import Json
+from gemma_grpo.monitor.web.answers import Json, json_text
 from gemma_grpo.monitor.web.curves import Curves
-from gemma_grpo.monitor.web.guard import REPORT_POLICY
+from gemma_grpo.monitor.web.guard import REPORT_POLICY, page_token
 from gemma_grpo.monitor.web.logs import size
+from gemma_grpo.monitor.web.playground import BusyError, Playground, Question, Vote
 from gemma_grpo.run_layout import EVALUATION, LOOKS, METRICS, SAMPLES
 
 KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
-STATIC = ("page.css", "page.js", "parts.js", "curves.js", "replies.js", "run.js", "icon.svg")
+STATIC = ("page.css", "page.js", "parts.js", "curves.js", "replies.js", "playground.js", "run.js", "icon.svg")
 MOST_COMPARED = 4
 """Runs in one chart: as many as there are colours."""
 READERS = 4
@@ -39,8 +42,9 @@ READERS = 4
 class Page:
     """The answers, over the runs of one folder."""
 
-    def __init__(self, found: runs.Runs) -> None:
-        self.runs, self.curves = found, Curves()
+    def __init__(self, found: runs.Runs, token: str) -> None:
+        self.runs, self.curves, self.token = found, Curves(), token
+        self._playground: Playground | None = None
         self.streams = 0
         self._readers: anyio.CapacityLimiter | None = None
 
@@ -56,6 +60,9 @@ class Page:
             Route("/api/runs/{run}/groups", self.groups),
             Route("/api/runs/{run}/samples", self.samples),
             Route("/api/runs/{run}/changed", self.changed),
+            Route("/api/runs/{run}/playground", self.playground),
+            Route("/api/runs/{run}/play", self.play, methods=["POST"]),
+            Route("/api/runs/{run}/votes", self.vote, methods=["POST"]),
             Route("/api/panels", self.panels),
             Route("/api/chart", self.chart),
             Route("/api/compare", self.compare),
@@ -145,6 +152,36 @@ class Page:
             raise HTTPException(400, f"order is one of: {', '.join(watched.RANKINGS)}.")
         return Json(await self._read(groups.changed, path, why, _whole(request, "start", 0)))
 
+    async def playground(self, request: Request) -> Response:
+        """What can be asked: adapters, held-out prompts, and what the page must send with a question."""
+        path = await self._run(request)
+        return Json({**await self._read(groups.playable, path), "token": page_token(self.token)})
+
+    async def play(self, request: Request) -> Response:
+        """Base and tuned answer one question, as lines of JSON while they do."""
+        path, question = await self._run(request), await _body(request, Question)
+        self._playground = self._playground or Playground()
+        try:
+            self._playground.check(path, question)
+        except BusyError as error:
+            raise HTTPException(429, str(error), {"retry-after": "10"}) from error
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+        lines = (json_text(told) + "\n" async for told in self._playground.answer(path, question))
+        return StreamingResponse(lines, media_type="application/x-ndjson")
+
+    async def vote(self, request: Request) -> Response:
+        """Count what a person preferred, and tell who was who."""
+        path, vote = await self._run(request), await _body(request, Vote)
+        try:
+            if self._playground is None:
+                raise LookupError("that pair is not open: the server was started anew since.")
+            return Json(self._playground.vote(path, vote))
+        except LookupError as error:
+            raise HTTPException(409, error.args[0]) from error
+        except OSError as error:
+            raise HTTPException(409, f"the vote could not be kept in the run directory: {error.strerror}.") from error
+
     async def panels(self, request: Request) -> Response:
         """Which charts there are of some runs together."""
         paths = await self._chosen(request)
@@ -214,6 +251,18 @@ def static_file(name: str) -> bytes:
     return (package_files("gemma_grpo.monitor.web") / "static" / name).read_bytes()
 
 
+_Asked = TypeVar("_Asked", bound=BaseModel)
+
+
+async def _body(request: Request, kind: type[_Asked]) -> _Asked:
+    """The request's body. The guard has seen its length, and the server holds a client to it."""
+    try:
+        return kind.model_validate_json(await request.body())
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'the body'}: {one['msg']}" for one in error.errors(include_input=False)[:5])
+        raise HTTPException(400, f"{wrong}.") from error
+
+
 def _whole(request: Request, name: str, default: int) -> int:
     return _number(request.query_params.get(name, str(default)), name)
 
@@ -224,8 +273,8 @@ def _number(text: str, name: str) -> int:
     return int(text)
 
 
-def make_app(found: runs.Runs) -> Starlette:
-    """The application, still without its guard."""
+def make_app(found: runs.Runs, token: str) -> Starlette:
+    """The application, still without its guard, which has the same token."""
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -238,6 +287,6 @@ def make_app(found: runs.Runs) -> Starlette:
         return PlainTextResponse("This could not be shown; the terminal of `gemma-grpo watch` says why.\n", 500)
 
     handlers: dict[Any, Any] = {HTTPException: refused, runs.NoSuchRunError: unknown, Exception: failed}
-    app = Starlette(routes=Page(found).routes(), exception_handlers=handlers)
+    app = Starlette(routes=Page(found, token).routes(), exception_handlers=handlers)
     app.router.redirect_slashes = False  # an address that is almost right could send a browser to another host
     return app

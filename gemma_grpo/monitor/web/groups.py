@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_grpo.monitor import watched
+from gemma_grpo.monitor.choices import choices
 from gemma_grpo.monitor.run_files import Record, real, records
 from gemma_grpo.monitor.web.logs import Slice, find_step, last_line, lines_after, lines_before, size
 from gemma_grpo.run_layout import LOOKS, SAMPLES
@@ -18,6 +19,7 @@ MOST_GROUPS = 32
 """Groups of one step that are shown; a step has batch_size x gradient_accumulation_steps of them."""
 PAGE = 12
 """Groups, or pairs of replies, of one page of the browser."""
+MOST_PROMPTS = 200
 SCANNED = 2**23
 """Bytes that one request looks through for a page."""
 _BITE = 2**20
@@ -125,6 +127,17 @@ def changed(path: Path, why: str, start: int) -> dict[str, Any]:
         "count": len(pairs),
         "next": start + PAGE if start + PAGE < len(pairs) else None,
     }
+
+
+def playable(path: Path) -> dict[str, Any]:
+    """The adapters that can be played with, and the held-out prompts of the first look at them."""
+    first = (lines_after(path / LOOKS, 0, 1).lines or [{}])[0]
+    prompts = {str(reply.get("prompt_id")): records(reply.get("prompt")) for reply in records(first.get("replies")) if reply.get("prompt")}
+    try:
+        there = [{"name": one.name, "about": one.about} for one in choices(path)]
+    except ValueError:
+        there = []
+    return {"choices": there, "prompts": list(prompts.values())[:MOST_PROMPTS]}
 
 
 def _step(line: Record) -> int | None:

@@ -7,6 +7,7 @@ another user of this machine (the token), model text that turns into script (the
 from __future__ import annotations
 
 import hmac
+import re
 from collections.abc import Iterable
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs, urlsplit
@@ -31,7 +32,14 @@ SAFE_HEADERS = {
 }
 _READING = ("GET", "HEAD")
 _WITHOUT_TOKEN = "Open the whole link that `gemma-grpo watch` printed, with its token."
+_CHANGING = re.compile(r"/api/runs/[^/]+/(play|votes)")
 LONGEST_QUERY = 4096
+LARGEST_BODY = 2**16
+
+
+def page_token(token: str) -> str:
+    """What the page sends with every request that changes something; it cannot read the cookie, and another site cannot read this."""
+    return hmac.new(token.encode(), b"page", "sha256").hexdigest()
 
 
 class Guard:
@@ -76,13 +84,30 @@ class Guard:
             return _said(421, "This server is not reached by that name. Use the link that `gemma-grpo watch` printed.")
         if len(scope["query_string"]) > LONGEST_QUERY:
             return _said(414, "The address is too long.")
-        if scope["method"] not in _READING:
+        if scope["method"] == "POST" and _CHANGING.fullmatch(scope["path"]):
+            if refusal := self._may_change(headers):
+                return refusal
+        elif scope["method"] not in _READING:
             return PlainTextResponse("Only reading is served here.", 405, {"allow": ", ".join(_READING)})
         origin, follows_link = headers.get("origin"), scope["path"] == "/" and headers.get("sec-fetch-dest") == "document"
         foreign = headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not follows_link
         if foreign or (origin is not None and urlsplit(origin).netloc.lower() not in self.hosts):
             return _said(403, "Pages of other sites may not read this one.")
         return None
+
+    def _may_change(self, headers: Headers) -> Response | None:
+        """What a form or a script of another site cannot send: an own Origin, JSON, and a token that only this page can read."""
+        origin = headers.get("origin")
+        if origin is None or urlsplit(origin).netloc.lower() not in self.hosts:
+            return _said(403, "Pages of other sites may not ask for that.")
+        if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+            return _said(415, "Ask in JSON.")
+        if not hmac.compare_digest(headers.get("x-page-token", "").encode("utf-8", "replace"), page_token(self.token).encode()):
+            return _said(403, "This page is of an earlier start of the server. Reload it.")
+        length = headers.get("content-length", "")
+        if not length.isdigit():
+            return _said(411, "Say how long the question is.")
+        return _said(413, f"That is more than {LARGEST_BODY} bytes.") if len(length) > 9 or int(length) > LARGEST_BODY else None
 
     def _cookie_of(self, scope: Scope) -> str:
         try:

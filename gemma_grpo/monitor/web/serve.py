@@ -161,7 +161,7 @@ def _in_url(address: str) -> str:
 
 def server(found: Runs, *, hosts: Sequence[str], token: str, port: int) -> uvicorn.Server:
     """A server of these runs, not yet listening."""
-    app: Any = Guard(make_app(found), hosts=hosts, token=token, port=port)
+    app: Any = Guard(make_app(found, token), hosts=hosts, token=token, port=port)
     config = uvicorn.Config(
         app,
         http=_Protocol,

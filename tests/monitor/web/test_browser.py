@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import PAIR_ROWS, TinyRun
 from hostile_texts import PAYLOADS
 from page_server import TOKEN
 from written_runs import RECIPE, group, look, write_run, write_step
@@ -191,6 +193,43 @@ def test_settings_evaluation_and_report_are_in_place(tab: Tab) -> None:
     page.get_by_role("row", name="gold 0.70").wait_for()
     tab.show("run/one/report")
     page.frame_locator("iframe").get_by_role("heading", name="one", exact=True).wait_for()
+
+
+@pytest.fixture(scope="module")
+def trained(train_tiny: Callable[..., TinyRun], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    """The page of a run with a model."""
+    rows = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in PAIR_ROWS), encoding="utf-8")
+    run = train_tiny(dataset=str(rows), reward={"length": 1.0}, max_completion_length=8, **{"witness.num_prompts": 2, "witness.every": 1})
+    found = Watched(run.path, tmp_path_factory.mktemp("token"))
+    yield found
+    found.stop()
+
+
+def test_both_sides_answer_and_a_blind_vote_is_counted(browser: Any, trained: Watched) -> None:
+    tab = Tab(browser, trained)
+    page = tab.show(f"run/{trained.root.name}/playground")
+    page.get_by_label("held-out prompt").select_option("0")
+    assert page.get_by_label("question").input_value()
+    page.get_by_role("button", name="answer").click()
+    page.get_by_text("Shaded: tokens").wait_for(timeout=60_000)
+    assert [one.split(" · ")[0] for one in page.locator(".answer .facts:first-child").all_inner_texts()] == [
+        "base (adapter off)",
+        "tuned (adapter on)",
+    ]
+    assert page.locator(".answer [title$=nat]").count() >= 2
+    assert "reward" in page.locator(".answer").nth(1).inner_text()
+
+    page.get_by_label("blind").check()
+    page.get_by_role("button", name="answer").click()
+    page.get_by_text("Which is better?").wait_for()
+    assert not re.search("base|tuned|reward", page.locator(".two").inner_text())
+    page.get_by_role("button", name="the second").click()
+    page.get_by_text("Counted. The first was").wait_for()
+    assert {one.split(" (")[0] for one in page.locator(".answer .facts:first-child").all_inner_texts()} == {"base", "tuned"}
+    tab.show(f"run/{trained.root.name}/report")
+    page.frame_locator("iframe").get_by_text("People who did not know which was which").wait_for()
+    tab.close()
 
 
 def test_a_run_is_followed_while_it_is_written(browser: Any, root: Path, watched: Watched) -> None:

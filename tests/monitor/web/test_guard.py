@@ -206,7 +206,7 @@ import asyncio
 from gemma_grpo.monitor.web.app import make_app
 from gemma_grpo.monitor.web.runs import Runs
 from urllib.parse import unquote
-app = make_app(Runs.at(root))
+app = make_app(Runs.at(root), "t" * 16)
 
 async def ask(path):
     path, _, query = path.partition("?")

@@ -2,9 +2,10 @@
 
 import { Charts } from "./curves.js";
 import { ask, badge, duration, el, failure, number, runPath, spark, table, verdict, visible, when } from "./parts.js";
+import { Playground } from "./playground.js";
 import { groupsView, samplesView } from "./replies.js";
 
-const TABS = { curves: "Curves", groups: "Groups", replies: "Replies", evaluation: "Evaluation", settings: "Settings", report: "Report" };
+const TABS = { curves: "Curves", groups: "Groups", replies: "Replies", playground: "Playground", evaluation: "Evaluation", settings: "Settings", report: "Report" };
 const POLL = 3000;
 const STREAM_FAILURES = 3;
 
@@ -71,7 +72,7 @@ export class RunView {
     await this.readHead();
     if (!this.summary) return;
     const views = { curves: () => this.curves(), groups: () => this.replies(groupsView), replies: () => this.replies(samplesView),
-      evaluation: () => this.evaluation(), settings: () => this.settings(), report: () => this.report() };
+      playground: () => this.body.replaceChildren(new Playground(this.run).node), evaluation: () => this.evaluation(), settings: () => this.settings(), report: () => this.report() };
     (views[tab] || views.curves)();
   }
 
