@@ -297,6 +297,7 @@ def test_no_content_of_a_file_breaks_the_report(seed: int) -> None:
             evaluation=spoiled_record(short),
             calibration=spoiled_record(calibration("k") if seed % 10 == 0 else {**calibration("k"), "calibration": []}),
             profile=spoiled_record(PROFILE),
+            votes=[spoiled_record({"choice": "tuned", "messages": [{"role": "user", "content": "k"}]}) for _ in range(3)],
             problems=[],
         )
     ).encode()
