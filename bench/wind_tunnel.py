@@ -23,11 +23,14 @@ from threading import Lock
 from typing import Any
 
 from bench.machine import commit, machine, versions
+from gemma_grpo.monitor.alarms import new_alarms
 
 RESULTS = Path(__file__).parent / "results" / "wind_tunnel.json"
 ARMS = ("defaults", "length only", "random")
 """Variants that are evaluated at the end too, to stand beside best-of-n, DPO and SFT."""
 NUMBERS = ("gold", "witness", "reward", "win_rate", "win_rate_chosen", "kl_sequence", "length")
+TOLD = ("level", "step", "witness", "text")
+"""What is kept of an alarm."""
 WATCHED: dict[str, Any] = {"witness.every": 4, "witness.num_prompts": 1000, "witness.num_completions": 2, "evaluation.num_prompts": 0}
 """All held-out prompts, two replies each: the curves' own noise must not be taken for what happens."""
 CLOSELY = ("nothing", "defaults", "group std")
@@ -91,7 +94,7 @@ def train_judges(variant: str, seed: int, root: Path) -> Path:
 def run(variant: str, seed: int, steps: int, root: Path, *, baselines: bool) -> dict[str, Any]:
     """One policy, and what the looks at it saw."""
     made_by = commit()
-    folder = root / f"{variant.replace(' ', '-').replace('%', 'percent').replace(',', '')}-{seed}"
+    folder = run_folder(root, variant, seed)
     judges = train_judges(variant, seed, root)
     given = {"reward_model.path": judges / "reward", "max_steps": steps, "output_dir": folder}
     shutil.rmtree(folder, ignore_errors=True)
@@ -108,7 +111,7 @@ def run(variant: str, seed: int, steps: int, root: Path, *, baselines: bool) -> 
         "commit": made_by,
         "settings": settings(variant, seed),
         "looks": [{"step": look["step"], **look["metrics"]} for look in looks],
-        "alarms": [{name: event[name] for name in ("level", "step", "witness", "text")} for event in events if event["kind"] == "alarm"],
+        "alarms": [{name: event[name] for name in TOLD} for event in events if event["kind"] == "alarm"],
         "evaluation": {name: evaluated[name] for name in NUMBERS if name in evaluated},
         "baselines": evaluated.get("baselines", {}),
     }
@@ -124,9 +127,38 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, default=None, help="where the runs are kept; default a temporary folder")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--rejudge", action="store_true", help="make no run: judge those kept in --work by the alarms as they are now")
     options = parser.parse_args()
+    if options.rejudge:
+        rejudge(options)
+        return
     with tempfile.TemporaryDirectory() as temporary:
         make_missing(options, options.work or Path(temporary))
+
+
+def rejudge(options: argparse.Namespace) -> None:
+    """The alarms of the result's runs, from their looks' replies; for limits that were set anew. Runs that are not in --work stay."""
+    result = json.loads(options.out.read_text(encoding="utf-8"))
+    for one in result["runs"]:
+        log = run_folder(options.work, one["variant"], one["seed"]) / "witnesses.jsonl"
+        if one["variant"] in options.variants and one["seed"] in options.seeds and log.is_file():
+            looks = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+            one["alarms"] = alarms_of(looks)
+            print(f"{one['variant']}, seed {one['seed']}: {', '.join(str(alarm['step']) for alarm in one['alarms'])}")
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def alarms_of(looks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the rules of alarms.py say of each look, beside those before it."""
+    judged: list[dict[str, Any]] = []
+    for look in looks:
+        judged.append({**look, "alarms": [alarm.to_dict() for alarm in new_alarms(judged, look)]})
+    return [{name: alarm[name] for name in TOLD} for look in judged for alarm in look["alarms"]]
+
+
+def run_folder(root: Path, variant: str, seed: int) -> Path:
+    """Where a run is kept."""
+    return root / f"{variant.replace(' ', '-').replace('%', 'percent').replace(',', '')}-{seed}"
 
 
 def make_missing(options: argparse.Namespace, root: Path) -> None:

@@ -1,15 +1,15 @@
 """What bench/results/wind_tunnel.json shows, as tables: `python -m bench.wind_tunnel_tables` writes them into docs/overoptimisation.md.
 
 Points are hundredths of the gold score; a mean over seeds stands beside the lowest and the highest. Variants are compared at the looks that
-all of them have, every fourth step; promises and alarms are counted at every look of a run, for the seeds that the alarms' limits were set
-with and for those that nobody had looked at.
+all of them have, every fourth step; promises and alarms are counted at every look of a run, apart for the seeds that the alarms' limits
+were set with and for those that nobody had looked at. Runs without "alarms" were looked at under other limits.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ DOCUMENT = WrittenPart(
     "<!-- tables: end -->\n",
 )
 REPORTED = range(5)
-"""Seeds of the ablations and arms. The limits of the alarms were set with these in sight."""
-FRESH = range(5, 25)
+"""Seeds of the ablations and arms."""
+SET_WITH = range(5, 25)
+"""Seeds that the limits of the alarms were set with: how well these alarms do there says little."""
+FRESH = range(25, 45)
 """Seeds that were first run when those limits stood: what an alarm is worth, these tell."""
 RESTRAINED, FREE = "defaults", "nothing"
 HEALTHY = 2.0
@@ -42,7 +44,7 @@ def _look(run: Run, look: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _alarms(run: Run, step: int) -> list[Mapping[str, Any]]:
-    return [alarm for alarm in run["alarms"] if alarm["step"] == step]
+    return [alarm for alarm in run.get("alarms", ()) if alarm["step"] == step]
 
 
 def of(runs: Sequence[Run], variant: str, seeds: Sequence[int] = REPORTED) -> list[Run]:
@@ -91,38 +93,49 @@ def ablation_table(runs: Sequence[Run]) -> str:
 
 
 def promises(runs: Sequence[Run]) -> str:
-    """What is asked of the defaults and of the alarms, and what was found: with the seeds the limits were set with, and with fresh ones."""
-    columns = [_kept(runs, seeds) + _lost(runs, seeds) + _false(runs, seeds) for seeds in (REPORTED, FRESH)]
-    head = f"| | seeds {REPORTED[0]} to {REPORTED[-1]} | fresh seeds, of {FRESH[0]} to {FRESH[-1]} |\n|---|---|---|\n"
-    return head + "".join(f"| {what} | {known} | {fresh} |\n" for (what, known), (_, fresh) in zip(*columns, strict=True))
+    """What is asked of the defaults and of the alarms, and what was found."""
+    columns = [_kept(runs, seeds) + _lost(runs, seeds) + _false(runs, seeds) for seeds in (REPORTED, SET_WITH, FRESH)]
+    spans = [f"of seeds {seeds[0]} to {seeds[-1]}" for seeds in (REPORTED, SET_WITH, FRESH)]
+    head = f"| | {spans[0]} | {spans[1]}, which the limits were set with | {spans[2]}, first run afterwards |\n|---|---|---|---|\n"
+    return head + "".join(f"| {row[0][0]} | {' | '.join(found for _, found in row)} |\n" for row in zip(*columns, strict=True))
 
 
 def _kept(runs: Sequence[Run], seeds: Sequence[int]) -> list[tuple[str, str]]:
-    kept = partings(of(runs, RESTRAINED, seeds))
+    lost = [100 * one.lost for one in partings(of(runs, RESTRAINED, seeds))]
     return [
-        ("with the defaults gold ends within 2 points of its peak", _share(kept, lambda one: 100 * one.lost <= HEALTHY)),
-        ("points it ends below", spread([100 * one.lost for one in kept])),
+        ("with the defaults gold ends within 2 points of its peak", _share([one <= HEALTHY for one in lost])),
+        ("points it ends below", spread(lost)),
     ]
 
 
 def _lost(runs: Sequence[Run], seeds: Sequence[int]) -> list[tuple[str, str]]:
-    free = partings(of(runs, FREE, seeds))
-    early = _share(free, lambda one: one.alarm is not None and 100 * (one.lost_at_alarm or 0.0) < 3)
+    free = of(runs, FREE, seeds)
+    judged = [run for run in free if "alarms" in run]
+    found, told = partings(free), partings(judged)
     return [
-        ("without restraint gold falls at least 10 points below its peak", _share(free, lambda one: 100 * one.lost >= 10)),
-        ("while the reward goes on rising", _share(free, lambda one: one.proxy_at_end > one.proxy_at_peak)),
-        ("an alarm comes before gold has lost 3 points", early),
-        ("points lost when it came", spread([100 * (one.lost_at_alarm or 0.0) for one in free if one.alarm is not None])),
+        ("without restraint gold falls at least 10 points below its peak", _share([100 * one.lost >= 10 for one in found])),
+        ("points it falls", spread([100 * one.lost for one in found])),
+        ("while the reward goes on rising", _share([one.proxy_at_end > one.proxy_at_peak for one in found])),
+        ("an alarm comes before gold has lost 3 points", _share([in_time(run) for run in judged])),
+        ("points lost when it came", spread([100 * (one.lost_at_alarm or 0.0) for one in told if one.alarm is not None])),
     ]
+
+
+def in_time(run: Run) -> bool:
+    """Whether an alarm above a note came while gold had never been 3 points below its best so far."""
+    best, worst = -1.0, 0.0
+    for look in run["looks"]:
+        best = max(best, look["gold"])
+        worst = max(worst, best - look["gold"])
+        if any(alarm["level"] != "note" for alarm in _alarms(run, look["step"])):
+            return 100 * worst < 3
+    return False
 
 
 def _false(runs: Sequence[Run], seeds: Sequence[int]) -> list[tuple[str, str]]:
-    watched = healthy(runs, seeds)
+    watched = [run for run in healthy(runs, seeds) if "alarms" in run]
     closely = [run for run in watched if len(run["looks"]) == run["steps"] + 1]
-    return [
-        ("healthy runs with an alarm", f"{sum(map(_alarmed, watched))} of {len(watched)}"),
-        ("of those looked at after every step", f"{sum(map(_alarmed, closely))} of {len(closely)}"),
-    ]
+    return [("healthy runs, looked at after every step, with an alarm", _share([_alarmed(run) for run in closely]))]
 
 
 def _alarmed(run: Run) -> bool:
@@ -171,8 +184,8 @@ def _arm(found: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _share(found: Sequence[Parting], holds: Callable[[Parting], bool]) -> str:
-    return f"{sum(map(holds, found))} of {len(found)}"
+def _share(holds: Sequence[bool]) -> str:
+    return f"{sum(holds)} of {len(holds)}" if holds else "–"
 
 
 def main() -> None:

@@ -17,34 +17,43 @@ def run(variant: str, seed: int, golds: list[float], *, alarm: int | None = None
         for n, gold in enumerate(golds)
     ]
     alarms = [] if alarm is None else [{"level": "warn", "step": alarm, "witness": "fluency", "text": "t"}]
-    return {"variant": variant, "seed": seed, "steps": 3, "looks": looks, "alarms": alarms, "evaluation": {}, "baselines": {}}
+    return {"variant": variant, "seed": seed, "steps": len(golds) - 1, "looks": looks, "alarms": alarms, "evaluation": {}, "baselines": {}}
+
+
+def unjudged(found: dict[str, Any]) -> dict[str, Any]:
+    """A run whose looks were judged by other limits."""
+    return {name: value for name, value in found.items() if name != "alarms"}
 
 
 RUNS = [
-    run("defaults", 0, [0.3, 0.5, 0.6, 0.59]),
-    run("defaults", 1, [0.3, 0.5, 0.6, 0.57], alarm=6),
+    unjudged(run("defaults", 0, [0.3, 0.5, 0.6, 0.59])),
+    unjudged(run("defaults", 1, [0.3, 0.5, 0.6, 0.57])),
     run("defaults", 7, [0.3, 0.5, 0.6, 0.6], alarm=6),
+    run("defaults", 30, [0.3, 0.5, 0.6, 0.6]),
+    run("defaults", 31, [0.3, 0.5, 0.6, 0.57], alarm=2),
     run("defaults", 100, [0.3, 0.2, 0.1, 0.0], alarm=2),
-    run("group std", 0, [0.3, 0.5, 0.6, 0.6], alarm=2),
-    run("nothing", 0, [0.3, 0.5, 0.49, 0.3], alarm=4),
-    run("nothing", 1, [0.3, 0.5, 0.4, 0.3], alarm=6),
-    run("nothing", 5, [0.3, 0.5, 0.45, 0.3], alarm=2),
-    run("nothing", 24, [0.3, 0.5, 0.48, 0.45]),
+    unjudged(run("group std", 0, [0.3, 0.5, 0.6, 0.6])),
+    unjudged(run("nothing", 0, [0.3, 0.5, 0.49, 0.3])),
+    unjudged(run("nothing", 1, [0.3, 0.5, 0.4, 0.3])),
+    run("nothing", 25, [0.3, 0.5, 0.45, 0.3], alarm=2),
+    run("nothing", 26, [0.3, 0.5, 0.46, 0.5], alarm=6),  # gold is back when the alarm comes; it had lost 4 points
+    run("nothing", 27, [0.3, 0.5, 0.48, 0.45]),
 ]
 
 
-def test_promises_are_counted_over_the_known_and_the_fresh_seeds() -> None:
-    lines = promises(RUNS).splitlines()[2:]
-    assert lines == [
-        "| with the defaults gold ends within 2 points of its peak | 1 of 2 | 1 of 1 |",
-        "| points it ends below | 2.0 (1.0 to 3.0) | 0.0 (0.0 to 0.0) |",
-        "| without restraint gold falls at least 10 points below its peak | 2 of 2 | 1 of 2 |",
-        "| while the reward goes on rising | 2 of 2 | 2 of 2 |",
-        "| an alarm comes before gold has lost 3 points | 1 of 2 | 1 of 2 |",  # no alarm at all is none in time
-        "| points lost when it came | 10.5 (1.0 to 20.0) | 0.0 (0.0 to 0.0) |",
-        # seed 0 and the group std's; seed 1 lost more than two points, 100 is in neither
-        "| healthy runs with an alarm | 1 of 2 | 1 of 1 |",
-        "| of those looked at after every step | 1 of 2 | 1 of 1 |",
+def test_promises_are_counted_apart_for_the_seeds_limits_were_set_with_and_fresh_ones() -> None:
+    lines = promises(RUNS).splitlines()
+    assert "| of seeds 0 to 4 | of seeds 5 to 24, which the limits were set with | of seeds 25 to 44, first run afterwards |" in lines[0]
+    assert lines[2:] == [
+        "| with the defaults gold ends within 2 points of its peak | 1 of 2 | 1 of 1 | 1 of 2 |",
+        "| points it ends below | 2.0 (1.0 to 3.0) | 0.0 (0.0 to 0.0) | 1.5 (0.0 to 3.0) |",
+        "| without restraint gold falls at least 10 points below its peak | 2 of 2 | – | 1 of 3 |",
+        "| points it falls | 20.0 (20.0 to 20.0) | – | 8.3 (0.0 to 20.0) |",
+        "| while the reward goes on rising | 2 of 2 | – | 3 of 3 |",
+        "| an alarm comes before gold has lost 3 points | – | – | 1 of 3 |",  # too late, or none at all, is not in time
+        "| points lost when it came | – | – | 0.0 (0.0 to 0.0) |",
+        # seed 31 lost more than two points: its alarm is no false one
+        "| healthy runs, looked at after every step, with an alarm | – | 1 of 1 | 0 of 1 |",
     ]
 
 
