@@ -75,6 +75,16 @@ class RolloutGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenDrift:
+    """How much likelier training has made each token of a completion, for people to see where."""
+
+    tokens: tuple[str, ...]
+    """As the vocabulary spells them."""
+    log_ratios: tuple[float, ...]
+    """log policy - log reference when it was sampled, in nats."""
+
+
+@dataclass(frozen=True, slots=True)
 class ScoredGroup:
     """A rollout group with its rewards and advantages."""
 
@@ -84,6 +94,8 @@ class ScoredGroup:
     reward_parts: Mapping[str, tuple[float | None, ...]]
     """Each reward's raw value before shaping and weighting."""
     advantages: tuple[float, ...]
+    drifts: tuple[TokenDrift, ...] = ()
+    """One per completion in the group of a step that is learned from most; empty in others, and where there was no reference pass."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -28,7 +29,10 @@ from gemma_grpo.model.memory import release
 from gemma_grpo.reward.base import RewardStack, StackScores
 from gemma_grpo.reward.zero_shot import ZeroShotJudge
 from gemma_grpo.rollout.engine import RolloutEngine, SamplingParams
-from gemma_grpo.types import Prompt, RolloutGroup, ScoredGroup, StepRecord
+from gemma_grpo.types import Prompt, RolloutGroup, ScoredGroup, StepRecord, TokenDrift
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Stepper:
@@ -73,6 +77,8 @@ class Stepper:
         tokens = self.num_tokens + int(batch.completion_mask.sum())
         measured = {**reward_metrics(scores), **length_metrics(groups)}
         scored = scored_groups(groups, scores, batch.advantages)
+        if batch.ref_logprobs is not None and not is_filtered(self.config):
+            scored = with_drift(scored, batch.ref_logprobs, self.model.tokenizer)
         with self._phase("update", seconds):
             try:
                 metrics = self.updater.update(batch, step, now.passes)  # planning_steps x micro-batches
@@ -215,6 +221,32 @@ def scored_groups(groups: Sequence[RolloutGroup], scores: StackScores, advantage
         )
         for n, group in enumerate(groups)
     ]
+
+
+def is_filtered(config: GRPOConfig) -> bool:
+    """Whether log-probabilities of what was sampled are other than the policy's own."""
+    return config.sampling.top_k > 0 or config.sampling.top_p < 1
+
+
+def with_drift(
+    scored: Sequence[ScoredGroup], ref_logprobs: Float[Tensor, "N G C"], tokenizer: PreTrainedTokenizerBase
+) -> list[ScoredGroup]:
+    """The same groups; the one whose rewards differ most, so that a step learns most from it, has its tokens' log-ratios too.
+
+    One group alone: tokens take a log several times the room of the text.
+    """
+
+    def spread(n: int) -> float:
+        rewards = [reward for reward in scored[n].rewards if reward is not None]
+        return max(rewards) - min(rewards) if rewards else 0.0
+
+    shown = max(range(len(scored)), key=spread)
+    drifts = []
+    for completion, reference in zip(scored[shown].group.completions, ref_logprobs[shown].tolist(), strict=True):
+        ids, policy = list(completion.token_ids), completion.sampling_logprobs
+        ratios = tuple(round(now - before, 3) for now, before in zip(policy, reference, strict=False))
+        drifts.append(TokenDrift(tuple(tokenizer.convert_ids_to_tokens(ids)), ratios))
+    return [replace(group, drifts=tuple(drifts)) if n == shown else group for n, group in enumerate(scored)]
 
 
 def reward_metrics(scores: StackScores) -> dict[str, float]:

@@ -291,10 +291,17 @@ def _sample(step: int, scored: ScoredGroup) -> dict[str, Any]:
                 "advantage": scored.advantages[index],
                 "length": len(completion.token_ids),
                 "finish": completion.finish,
+                **_drift(scored, index),
             }
             for index, completion in enumerate(group.completions)
         ],
     }
+
+
+def _drift(scored: ScoredGroup, index: int) -> dict[str, Any]:
+    if not scored.drifts:
+        return {}
+    return {"tokens": list(scored.drifts[index].tokens), "log_ratios": list(scored.drifts[index].log_ratios)}
 
 
 def _usable_path(path: str | Path) -> Path:

@@ -99,6 +99,17 @@ export function conversation(messages) {
   return el("div", {}, folded, messages.slice(-1).map(turn));
 }
 
+const STRONG = [0.1, 0.5, 1.5];
+
+/** A reply's tokens, shaded by how much likelier training made each, in nats. */
+export function shaded(tokens, ratios) {
+  const spans = tokens.map((token, n) => {
+    const level = STRONG.filter((bound) => Math.abs(ratios[n]) >= bound).length;
+    return el("span", { class: level ? `${ratios[n] > 0 ? "up" : "down"}${level}` : null, title: `${ratios[n] >= 0 ? "+" : ""}${ratios[n].toFixed(2)} nat` }, token);
+  });
+  return el("div", { class: "text", tabindex: 0 }, spans);
+}
+
 export function failure(error) {
   return el("div", { class: "notice bad", role: "alert" }, error.message);
 }

@@ -1,18 +1,6 @@
 // Base against tuned on one prompt, as they answer: on the same weights, with the same seed, by name or blind.
 
-import { ask, conversation, el, failure, number, runPath } from "./parts.js";
-
-const STRONG = [0.1, 0.5, 1.5];
-
-/** A reply's tokens, shaded by how much likelier training made each. */
-function shaded(reply) {
-  const spans = reply.pieces.map((piece, n) => {
-    const ratio = reply.log_ratios[n], level = STRONG.filter((bound) => Math.abs(ratio) >= bound).length;
-    const title = `${ratio >= 0 ? "+" : ""}${ratio.toFixed(2)} nat`;
-    return el("span", { class: level ? `${ratio > 0 ? "up" : "down"}${level}` : null, title }, piece || (n === reply.pieces.length - 1 ? "[end]" : ""));
-  });
-  return el("div", { class: "text", tabindex: 0 }, spans);
-}
+import { ask, conversation, el, failure, number, runPath, shaded } from "./parts.js";
 
 const SIDES = { base: "base (adapter off)", tuned: "tuned (adapter on)", first: "first", second: "second" };
 
@@ -36,7 +24,7 @@ class Answer {
     this.facts.textContent = `${SIDES[this.side]} · ${number(reply.length)} tokens${ended}`;
     if (!reply.pieces) return;
     const drift = reply.log_ratios.reduce((sum, ratio) => sum + ratio, 0);
-    this.text.replaceWith(this.text = shaded(reply));
+    this.text.replaceWith(this.text = shaded(reply.pieces.map((piece, n) => piece || (n === reply.pieces.length - 1 ? "[end]" : "")), reply.log_ratios));
     this.facts.append(` · log tuned − log base ${drift >= 0 ? "+" : ""}${drift.toFixed(2)} nat`);
     if (opinion) this.more.replaceChildren(...opinionParts(opinion));
   }

@@ -1,6 +1,6 @@
 // Groups side by side, and replies to look for: of a step, by a filter, or those that changed most since the start.
 
-import { ask, conversation, el, failure, number, runPath } from "./parts.js";
+import { ask, conversation, el, failure, number, runPath, shaded } from "./parts.js";
 
 const FILTERS = { all: "newest groups", "zero variance": "groups without a signal (all rewards equal)", "cut off": "groups with a reply that was cut off", "not scored": "groups with a reply that was not scored" };
 const ORDERS = { "most improved": "most improved since the start", "most suspicious": "most suspicious: reward up, judge not", best: "best of the last look", worst: "worst of the last look" };
@@ -13,7 +13,7 @@ export function groupCard(group) {
   const flat = group.spread === 0 && group.completions.length > 1;
   const about = [group.step ? `step ${group.step}` : null, group.source, group.prompt_id].filter(Boolean).join(" · ");
   return el("article", { class: "group" },
-    el("div", { class: "facts" }, about, flat ? el("b", { class: "bad" }, " · no signal: all rewards are equal") : ""),
+    el("div", { class: "facts" }, about, group.completions.some(drift) ? " · shaded: what training made likelier; underlined: less likely" : "", flat ? el("b", { class: "bad" }, " · no signal: all rewards are equal") : ""),
     conversation(group.prompt),
     el("div", { class: "side" }, group.completions.map((one, place) => completion(one, !flat && place === 0 ? "best" : !flat && place === group.completions.length - 1 ? "worst" : ""))));
 }
@@ -23,7 +23,14 @@ function completion(one, rank) {
   return el("div", { class: `answer ${rank}` },
     el("div", { class: "facts" }, rank ? `${rank} · ` : "", fact("reward", one.reward), fact("advantage", one.advantage), parts,
       `${number(one.length)} tokens${one.finish === "length" ? ", cut off" : ""}`),
-    el("div", { class: "text", tabindex: 0 }, one.text));
+    drift(one) || el("div", { class: "text", tabindex: 0 }, one.text));
+}
+
+/** The tokens of a completion that was logged with its log-ratios; null of others, and of what no run has written. */
+function drift(one) {
+  const { tokens, log_ratios: ratios } = one;
+  if (!Array.isArray(tokens) || !Array.isArray(ratios) || !ratios.length || ratios.length !== tokens.length || ratios.some((ratio) => typeof ratio !== "number")) return null;
+  return shaded(tokens.map((token) => String(token).replaceAll("\u2581", " ")), ratios);
 }
 
 function pairCard(pair) {
