@@ -68,6 +68,7 @@ HOMES = {
     "rich": ("monitor.terminal",),
     "matplotlib": ("monitor.charts",),
     "jinja2": ("monitor.report",),
+    "IPython": (),  # a notebook's kernel has it loaded; nothing here does
 }
 """Library -> the only parts that import it when they run; an import for annotations alone is free."""
 
