@@ -68,9 +68,14 @@ class Notebook:
         self._show()
 
     def phase(self) -> None:
+        if self._thread is None:
+            self._keep(((self._seen.phase, "bold"),))
         self._changed.set()
 
-    training = step = look = phase
+    def step(self) -> None:
+        self._changed.set()
+
+    training = look = step
 
     def say(self, prefix: str, text: str, style: str) -> None:
         self._keep(((prefix, style), (visible(text), "")))

@@ -110,9 +110,13 @@ class Terminal:
             self._live.stop()
 
     def phase(self) -> None:
+        if not self._live.is_started:  # an evaluation by itself
+            self.say("", self._seen.phase, "")
+
+    def step(self) -> None:
         pass  # the picture is drawn twice a second, from what was seen
 
-    training = step = look = phase
+    training = look = step
 
     def say(self, prefix: str, text: str, style: str) -> None:
         self._console.print(Text.assemble((prefix, style), visible(text, ascii_only=self._ascii)))

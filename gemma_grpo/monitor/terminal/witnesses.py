@@ -25,9 +25,9 @@ _WATCHED = (
     _Watched("gold", "gold", 1),
     _Watched("strayed", "strayed", -1, percent=True),
     _Watched("kl_sequence", "KL per reply", 0, digits=2),
-    _Watched("refusal_harmful", "refuses: harmful", 1, percent=True),
-    _Watched("refusal_benign", "benign", -1, percent=True),
-    _Watched("refusal_looks_harmful", "look-alikes", -1, percent=True),
+    _Watched("refusal_harmful", "refuses harmful", 1, percent=True),
+    _Watched("refusal_benign", "refuses benign", -1, percent=True),
+    _Watched("refusal_looks_harmful", "refuses look-alikes", -1, percent=True),
 )
 
 
@@ -61,12 +61,17 @@ def _known(metrics: Mapping[str, Any]) -> list[tuple[_Watched, float]]:
 
 def _reading(watched: _Watched, value: float, before: float | None) -> Reading:
     scale, digits, unit = (100, 0, "%") if watched.percent else (1, watched.digits, "")
-    shown = f"{scale * value:.{digits}f}"
+    shown = _rounded(scale * value, digits)
     if before is None:
         return Reading(watched.title, shown + unit, "", 0)
-    change = f"{scale * (value - before):+.{digits}f}"
+    change = _rounded(scale * (value - before), digits, "+")
     moved = watched.better * (value - before) if float(change) else 0.0
     return Reading(watched.title, shown + unit, change, int(moved > 0) - int(moved < 0))
+
+
+def _rounded(value: float, digits: int, sign: str = "") -> str:
+    """Never "-0.00": that a mean near zero was a little below is no news."""
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"
 
 
 def _metrics(look: Record | None) -> Mapping[str, Any]:

@@ -90,15 +90,18 @@ def test_very_many_warnings_are_counted_where_they_are_no_longer_held() -> None:
 
 
 def test_a_second_run_has_an_output_of_its_own_and_what_is_said_between_them_too() -> None:
-    page = Page()
-    view = Notebook(page.publish, Seen(), every=60.0)
+    page, seen = Page(), Seen()
+    view = Notebook(page.publish, seen, every=60.0)
     view.start()
     view.stop()
     view.stop()
     view.say("note: ", "between", "cyan")
+    seen.begin("evaluation")
+    view.phase()
     view.start()
     view.stop()
-    assert len(page.outputs) == 3
+    assert [output["text/plain"] for output in page.outputs.values()][1:3] == ["note: between", "evaluation"]
+    assert len(page.outputs) == 4
 
 
 def test_outside_of_a_notebook_there_is_nobody_to_publish_to_and_ipython_is_not_imported() -> None:

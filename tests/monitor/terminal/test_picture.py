@@ -150,7 +150,7 @@ def test_a_step_that_nothing_could_score_says_so() -> None:
 def test_witnesses_are_shown_with_their_change_since_the_first_look() -> None:
     rows = " ".join(" ".join(shown(full("hi"))).split())
     assert "witnesses step 10: reward 0.621 +0.178 held-out judge 0.401 -0.458 gold 0.350 +0.050 strayed 4% +4" in rows
-    assert "KL per reply 1.20 +1.20 refuses: harmful 90% +40" in rows
+    assert "KL per reply 1.20 +1.20 refuses harmful 90% +40" in rows
 
 
 @pytest.mark.parametrize("width", [100, SIDE_BY_SIDE])

@@ -243,3 +243,9 @@ def test_a_run_that_goes_on_shows_what_it_did_before() -> None:
     rows = glass(raw, 100, 40).visible
     assert any("first 0.250 (+0.750)" in row for row in rows)
     assert any("alert at step 5" in row for row in rows)
+
+
+def test_what_begins_while_no_run_is_shown_is_a_line() -> None:
+    screen, raw = console(terminal=True)
+    ProgressView(screen).phase("evaluation", "8 prompts")
+    assert raw.getvalue().decode() == "evaluation: 8 prompts\n"
