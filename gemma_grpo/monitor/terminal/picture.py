@@ -122,7 +122,7 @@ class _Page:
         counts = ", ".join(f"{n} {level}" for level in _LEVELS if (n := sum(alarm.get("level") == level for alarm in alarms)))
         said = f"{len(alarms)} ({counts}); {self._alarm(alarms[-1])}"
         style = _LEVELS.get(str(alarms[-1].get("level")), "yellow")
-        first, *others = self._folded("alarms", said, 3, style, (_ALARM, _ALARM_TEXT))
+        first, *others = self._folded("alarms", said, 5, style, (_ALARM, _ALARM_TEXT))
         earlier = [self._labelled("", _MORE, (self._cut(self._alarm(one)), "dim")) for one in alarms[-2:-5:-1]]
         return [first, *others, *earlier]
 

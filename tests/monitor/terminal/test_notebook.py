@@ -40,12 +40,14 @@ def test_a_run_has_one_output_with_all_that_was_said_and_the_last_picture() -> N
         view.step()
         view.say("warning: ", f"<<{step}>>", "yellow")
     view.table("a table", [("phase", "seconds"), ("rollout", "8")])
+    seen.step(StepRecord(9, {"rollout": 1.0}, {"reward": 0.9}), 9, None)
+    view.step()
     view.stop()
     for step in range(1, 9):
         assert page.output["text/plain"].count(f"warning: <<{step}>>") == 1
     assert "rollout        8" in page.output["text/plain"]
-    assert "step 8/8" in page.output["text/plain"]
-    assert page.output["text/plain"].index("<<8>>") < page.output["text/plain"].index("step 8/8")
+    assert "step 9/9" in page.output["text/plain"]
+    assert page.output["text/plain"].index("<<8>>") < page.output["text/plain"].index("step 9/9")
 
 
 def test_no_text_is_markup_or_obeyed() -> None:

@@ -141,6 +141,14 @@ def test_the_training_of_each_judge_prints_about_twenty_lines_however_long() -> 
     assert sum(line.startswith("reward adapter") for line in lines) == len(lines) / 2
 
 
+def test_a_judge_that_goes_on_in_the_middle_has_a_pace_of_its_own() -> None:
+    screen, raw = console(terminal=False)
+    with ProgressView(screen) as view:
+        view.reward_training(1, 9, 0.6, 0.7)
+        view.reward_training(5, 9, 0.6, 0.7, adapter="witness")
+    assert "ETA" not in plain_lines(raw)[-1]  # one update says nothing of how long another takes
+
+
 def test_without_a_terminal_a_table_is_lines_aligned_by_spaces() -> None:
     screen, raw = console(terminal=False, width=20)
     ProgressView(screen).table("What took long", [("phase", "seconds", "share"), ("rollout", "12.5", "50.0%"), ("a\x1b[2J", "1", "")])
@@ -196,13 +204,13 @@ def test_whatever_was_said_is_on_the_glass_or_above_it_once_and_the_last_picture
 
 
 def test_the_last_thing_said_is_still_seen_beside_the_picture() -> None:
-    screen, raw = console(terminal=True, width=80, height=24)
+    screen, raw = console(terminal=True, width=80, height=12)
     with ProgressView(screen) as view:
         for step in range(1, 9):
             view.step(record(step), 9, group=hostile_group())
             view.look(looks())
         view.warn("the last thing")
-        seen = glass(raw, 80, 24).visible
+        seen = glass(raw, 80, 12).visible
     assert "warning: the last thing" in seen
 
 
