@@ -110,13 +110,19 @@ class Terminal:
             self._live.stop()
 
     def phase(self) -> None:
-        if not self._live.is_started:  # an evaluation by itself
+        if self._live.is_started:
+            self._live.refresh()
+        else:  # an evaluation by itself
             self.say("", self._seen.phase, "")
 
-    def step(self) -> None:
-        pass  # the picture is drawn twice a second, from what was seen
+    def training(self) -> None:
+        pass  # many in a second on a small model; the picture is drawn twice in one anyway
 
-    training = look = step
+    def step(self) -> None:
+        if self._live.is_started:
+            self._live.refresh()
+
+    look = step
 
     def say(self, prefix: str, text: str, style: str) -> None:
         self._console.print(Text.assemble((prefix, style), visible(text, ascii_only=self._ascii)))
