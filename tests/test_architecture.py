@@ -73,6 +73,7 @@ HOMES = {
     "starlette": ("monitor.web",),
     "sse_starlette": ("monitor.web.app",),
     "uvicorn": ("monitor.web.serve",),
+    "IPython": (),  # a notebook's kernel has it loaded; nothing here does
 }
 """Library -> the only parts that import it when they run; an import for annotations alone is free."""
 

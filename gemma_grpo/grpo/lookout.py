@@ -50,6 +50,11 @@ class Lookout:
         self.run, self.model, self.engine, self.scorers, self.config = run, model, engine, scorers, config
         self.prompts, self.look_alikes = list(data.held_out_prompts[: config.witness.num_prompts]), list(data.look_alikes)
 
+    @property
+    def num_replies(self) -> int:
+        """Replies sampled at each look; 0 where there is nothing to ask."""
+        return self.config.witness.num_completions * (len(self.prompts) + len(self.look_alikes)) if self.prompts else 0
+
     def due(self, step: int, total_steps: int) -> bool:
         """Whether `step` finished steps call for a look that was not taken yet: at the start, every so often, and at the end."""
         every = self.config.witness.every

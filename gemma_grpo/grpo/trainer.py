@@ -41,6 +41,7 @@ from gemma_grpo.grpo.setup import (
 )
 from gemma_grpo.grpo.step import Stepper
 from gemma_grpo.monitor.events import RunDirectory, RunDirectoryError
+from gemma_grpo.monitor.terminal import Schedule
 from gemma_grpo.planner import find_shape
 from gemma_grpo.profile.recorder import PROFILE, PhaseWork, Profiler
 from gemma_grpo.reward.zero_shot import ZeroShotJudge
@@ -180,6 +181,7 @@ class GRPOTrainer(Preparation):
             self._warn(*(f"task {name}: no metric of it is a mean over questions" for name, found in result["tasks"].items() if not found))
             self.run.write_json("evaluation.json", result)
         self.run.event("phase", name="evaluation", seconds=time.perf_counter() - started)
+        self.view.took("evaluation", time.perf_counter() - started, self.step)
         return result
 
     def save_model(self, folder: str | Path) -> Path:
@@ -197,12 +199,14 @@ class GRPOTrainer(Preparation):
     def _loop(self) -> None:
         self.view.phase("training", f"{self.plan().product}; {len(self.data.prompts)} prompts, {self.total_steps} steps")
         self.run.update_run(total_steps=self.total_steps)
+        self.view.schedule(self._schedule())
+        self.view.earlier(self.run.last_metrics(self.step), self.run.looks())
         counted = self.updater.counted
         if self._profiler:
             self._profiler.begin(self.step)
         hard_stop, signal = self.updater.hard_stop, self.updater.signal
         if self._look() and self.step:
-            self.keeper.save(self.step)  # the look that a stop broke off: the checkpoint it went on from does not know of it
+            self._save()  # the look that a stop broke off: the checkpoint it went on from does not know of it
         self._alerted = self.lookout.alerted
         if hard_stop.reached and self.step < self.total_steps:
             self._warn(f"kl.hard_stop_steps ended this run at step {self.step}: it makes no further one")
@@ -222,7 +226,7 @@ class GRPOTrainer(Preparation):
             counted = self.updater.counted
             due = self.config.save_steps and self.step % self.config.save_steps == 0
             if due or hard_stop.reached or signal.lost or self._alerted or self.step == self.total_steps:
-                self.keeper.save(self.step)
+                self._save()
             if self._profiler:
                 self._profiler.step(record, [one.group for one in scored])
         if signal.lost or signal.never_there:  # must not pass for a success
@@ -232,14 +236,28 @@ class GRPOTrainer(Preparation):
         """Look at the policy if it is time, and say what is alarming; whether it was time."""
         if not self.lookout.due(self.step, self.total_steps):
             return False
+        started = time.perf_counter()
         with watchdog.phase("witness", f"step {self.step}"):
-            alarms = self.lookout.look(self.step)
-        for alarm in alarms:
-            (self.view.note if alarm.level == "note" else self.view.warn)(f"{alarm.level}: {alarm.text}")
+            self.lookout.look(self.step)
+        self.view.took("look", time.perf_counter() - started, self.step)
+        self.view.look(self.run.looks())
         self._alerted = self.lookout.alerted
         if self._alerted:
             self._warn(f"witness.stop_on_alert ended this run at step {self.step}; the adapter the witness liked best is in {BEST}/")
         return True
+
+    def _save(self) -> None:
+        started = time.perf_counter()
+        self.keeper.save(self.step)
+        self.view.took("checkpoint", time.perf_counter() - started, self.step)
+
+    def _schedule(self) -> Schedule:
+        """What the view counts as still to come. The evaluation answers as a look does, each prompt before and after."""
+        evaluation, prompts = self.config.evaluation, min(self.config.evaluation.num_prompts, len(self.data.held_out_prompts))
+        replies = 2 * evaluation.num_completions * (prompts + len(self.data.look_alikes) if prompts else 0)
+        look = self.lookout.num_replies
+        every = self.config.witness.every if look else 0
+        return Schedule(every, self.config.save_steps, replies / look if look else float(replies))
 
     def _step_or_save(self) -> tuple[StepRecord, list[ScoredGroup]]:
         """One step; what ends it early, a request or an error, must not cost the finished ones, nor what it had itself."""
@@ -298,7 +316,7 @@ class GRPOTrainer(Preparation):
 
     def _reward_progress(self, adapter: str, update: int, total: int, loss: float, accuracy: float) -> None:
         self.run.event("reward_training", adapter=adapter, update=update, loss=loss, accuracy=accuracy)
-        self.view.reward_training(update, total, loss, accuracy)
+        self.view.reward_training(update, total, loss, accuracy, adapter=adapter)
 
     def _load_reward(self) -> None:
         if TRAINED in self.weights:
