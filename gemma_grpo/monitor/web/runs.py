@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -140,8 +141,6 @@ def overview(path: Path) -> dict[str, Any]:
     """A run's line in the list of runs."""
     run, last = read_object(path / RUN), last_line(path / METRICS)
     word, sentence = status(path, run)
-    points = spread_lines(path / METRICS, SPARK_POINTS)
-    rewards = [value for line in points if (value := real(line.get("reward"))) is not None]
     said = findings.verdict(read_object(path / EVALUATION))
     return {
         "name": path.name,
@@ -155,10 +154,17 @@ def overview(path: Path) -> dict[str, Any]:
         "step": real(last.get("step")) or 0,
         "total_steps": real(run.get("total_steps")),
         "reward": real(last.get("reward")),
-        "rewards": _thinned(rewards),
+        "rewards": list(_course(path / METRICS, size(path / METRICS))),
         "verdict": None if said is None else {"tone": said.tone, "headline": said.headline, "sentence": said.sentence},
         "sizes": {name: size(path / name) for name in (METRICS, SAMPLES, LOOKS, EVENTS)},
     }
+
+
+@lru_cache(maxsize=MOST_RUNS)
+def _course(metrics: Path, bytes_: int) -> tuple[float, ...]:
+    """The reward over the steps, in few points; read anew when the log has another size."""
+    points = spread_lines(metrics, SPARK_POINTS)
+    return tuple(_thinned([value for line in points if (value := real(line.get("reward"))) is not None]))
 
 
 def _thinned(values: Sequence[float]) -> list[float]:
