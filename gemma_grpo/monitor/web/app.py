@@ -48,6 +48,11 @@ class Page:
         self.streams = 0
         self._readers: anyio.CapacityLimiter | None = None
 
+    def close(self) -> None:
+        """Let go of what is held: the playground's process."""
+        if self._playground is not None:
+            self._playground.close()
+
     def routes(self) -> list[Route]:
         """All addresses."""
         return [
@@ -273,8 +278,8 @@ def _number(text: str, name: str) -> int:
     return int(text)
 
 
-def make_app(found: runs.Runs, token: str) -> Starlette:
-    """The application, still without its guard, which has the same token."""
+def make_app(page: Page) -> Starlette:
+    """The application, still without its guard."""
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -287,6 +292,6 @@ def make_app(found: runs.Runs, token: str) -> Starlette:
         return PlainTextResponse("This could not be shown; the terminal of `gemma-grpo watch` says why.\n", 500)
 
     handlers: dict[Any, Any] = {HTTPException: refused, runs.NoSuchRunError: unknown, Exception: failed}
-    app = Starlette(routes=Page(found, token).routes(), exception_handlers=handlers)
+    app = Starlette(routes=page.routes(), exception_handlers=handlers)
     app.router.redirect_slashes = False  # an address that is almost right could send a browser to another host
     return app

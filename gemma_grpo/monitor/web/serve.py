@@ -21,7 +21,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from gemma_grpo.monitor.web.app import make_app
+from gemma_grpo.monitor.web.app import Page, make_app
 from gemma_grpo.monitor.web.guard import Guard
 from gemma_grpo.monitor.web.runs import Runs
 
@@ -94,6 +94,15 @@ class _Protocol(H11Protocol):
 class _Server(uvicorn.Server):
     """uvicorn's server, for which a signal is the usual end: its own would raise it again for whoever asked before."""
 
+    def __init__(self, config: uvicorn.Config, page: Page) -> None:
+        super().__init__(config)
+        self._page = page
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let go of the playground's process, too."""
+        self._page.close()
+        await super().shutdown(sockets)
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
@@ -161,7 +170,8 @@ def _in_url(address: str) -> str:
 
 def server(found: Runs, *, hosts: Sequence[str], token: str, port: int) -> uvicorn.Server:
     """A server of these runs, not yet listening."""
-    app: Any = Guard(make_app(found, token), hosts=hosts, token=token, port=port)
+    page = Page(found, token)
+    app: Any = Guard(make_app(page), hosts=hosts, token=token, port=port)
     config = uvicorn.Config(
         app,
         http=_Protocol,
@@ -176,4 +186,4 @@ def server(found: Runs, *, hosts: Sequence[str], token: str, port: int) -> uvico
         h11_max_incomplete_event_size=LARGEST_HEAD,
         proxy_headers=False,
     )
-    return _Server(config)
+    return _Server(config, page)

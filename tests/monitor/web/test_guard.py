@@ -203,10 +203,10 @@ opened = []
 sys.addaudithook(lambda name, arguments: opened.append(os.fspath(arguments[0])) if name in ("open", "os.scandir", "os.listdir")
                  and arguments and isinstance(arguments[0], (str, bytes, os.PathLike)) else None)
 import asyncio
-from gemma_grpo.monitor.web.app import make_app
+from gemma_grpo.monitor.web.app import Page, make_app
 from gemma_grpo.monitor.web.runs import Runs
 from urllib.parse import unquote
-app = make_app(Runs.at(root), "t" * 16)
+app = make_app(Page(Runs.at(root), "t" * 16))
 
 async def ask(path):
     path, _, query = path.partition("?")

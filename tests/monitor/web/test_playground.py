@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,22 @@ def test_a_run_in_training_says_why_it_cannot_be_played_with(finished: TinyRun, 
         server = Server(copy)
         assert "beside" in played(server)[-1]["error"]
         assert played(server, beside=True, max_tokens=2)[-1] == {"done": True}
+        assert workers(copy)
         server.stop()
+        deadline = time.monotonic() + 10
+        while workers(copy) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not workers(copy)  # the model is not left behind
+
+
+def workers(run: Path) -> list[str]:
+    """The processes that hold this run's model."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = path.read_bytes().decode(errors="replace").split("\0")
+            found += [path.parent.name] if "gemma_grpo.grpo.play_worker" in words and str(run) in words else []
+    return found
 
 
 def test_votes_on_one_prompt_are_one_opinion() -> None:
