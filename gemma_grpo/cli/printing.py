@@ -18,6 +18,11 @@ def say_data(text: str) -> None:
     print(visible(text))
 
 
+def say_link(text: str) -> None:
+    """Print a link that holds a token, for whoever started what it leads to."""
+    print(visible(text), flush=True)
+
+
 class ModelText:
     """Prints a model's words while they come, after a label. Only a label stands at the beginning of a line: no reply can look like one."""
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gemma_grpo.cli.printing import say
+from gemma_grpo.cli.printing import say, say_link
 
 Watched = Annotated[Path, typer.Argument(metavar="RUN|FOLDER", help="A run directory, or the folder that holds runs.")]
 Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="The next free one is taken where it is in use; 0 for any.")]
@@ -21,10 +21,9 @@ Names = Annotated[
 def watch(
     path: Watched = Path("runs"), port: Port = 7860, host: Host = "127.0.0.1", token_file: TokenFile = None, allow_host: Names = None
 ) -> None:
-    """Show runs in the browser: curves, witnesses and alarms, groups, replies, settings, the report. Changes nothing."""
+    """Show runs in the browser: curves, witnesses and alarms, groups, replies, settings, the report, and a playground."""
     from gemma_grpo.monitor.web.serve import Place, serve
 
     token = None if token_file is None else token_file.read_text(encoding="utf-8").strip()
-    # past say(), which would take the token for a secret: it is one, and meant for who started this
-    serve(path, Place(host, port, token, tuple(allow_host or ())), lambda text: print(text, flush=True))
+    serve(path, Place(host, port, token, tuple(allow_host or ())), say_link)
     say("stopped")

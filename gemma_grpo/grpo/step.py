@@ -244,7 +244,7 @@ def with_drift(
     drifts = []
     for completion, reference in zip(scored[shown].group.completions, ref_logprobs[shown].tolist(), strict=True):
         ids, policy = list(completion.token_ids), completion.sampling_logprobs
-        ratios = tuple(round(now - before, 3) for now, before in zip(policy, reference, strict=False))
+        ratios = tuple(round(now - before, 3) + 0.0 for now, before in zip(policy, reference, strict=False))  # + 0.0: no -0.0
         drifts.append(TokenDrift(tuple(tokenizer.convert_ids_to_tokens(ids)), ratios))
     return [replace(group, drifts=tuple(drifts)) if n == shown else group for n, group in enumerate(scored)]
 

@@ -40,6 +40,9 @@ class Letters:
     def decode(self, ids: Sequence[int], **options: Any) -> str:
         return "".join("^.abcd"[i] for i in ids)
 
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        return ["^.abcd"[i] for i in ids]
+
 
 def reward_of(sequence: tuple[int, ...]) -> float:
     """Between 0 and 1, different for every sequence."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -177,20 +179,38 @@ def test_a_question_is_not_asked_by_reading(server: Server) -> None:
         assert server.ask(path, method="POST").status in (404, 405)
 
 
-def test_one_answers_at_a_time_and_only_so_many_wait(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_answers_at_a_time_and_only_so_many_wait(server: Server, finished: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(playground, "MOST_WAITING", 2)
+    assert played(server, max_tokens=2)[-1] == {"done": True}
+    (worker,) = workers(finished.path)
+    os.kill(int(worker), signal.SIGSTOP)  # an answer that takes its time
+    try:
+        first = post_in_background(server)
+        second = post_in_background(server)
+        deadline = time.monotonic() + 10
+        while (refused := post(server, "play", {"messages": ASKED})).status != 429 and time.monotonic() < deadline:
+            refused.close()
+            time.sleep(0.1)
+        assert (refused.status, "wait already" in refused.read().decode()) == (429, True)
+    finally:
+        os.kill(int(worker), signal.SIGCONT)
+    told = [first(), second()]
+    assert [one[-1] for one in told] == [{"done": True}] * 2
+    assert sum("waiting" in line.get("state", "") for one in told for line in one) >= 1
+
+
+def post_in_background(server: Server) -> Callable[[], list[dict[str, Any]]]:
+    """Ask; what is returned waits for the answer."""
     answers: list[list[dict[str, Any]]] = []
-    threads = [threading.Thread(target=lambda: answers.append(played(server, max_tokens=400, temperature=100))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    time.sleep(0.3)
-    refused = post(server, "play", {"messages": ASKED})
-    status, text = refused.status, refused.read().decode()
-    for thread in threads:
+    thread = threading.Thread(target=lambda: answers.append(played(server, max_tokens=3)))
+    thread.start()
+    time.sleep(0.5)
+
+    def wait() -> list[dict[str, Any]]:
         thread.join(60)
-    assert len(answers) == 2
-    waited = [one for told in answers for one in told if "waiting" in one.get("state", "")]
-    assert (status, "wait already" in text, len(waited)) == (429, True, 1)
+        return answers[0]
+
+    return wait
 
 
 def test_who_leaves_calls_the_answer_off(server: Server) -> None:
