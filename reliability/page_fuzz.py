@@ -51,7 +51,9 @@ def fuzz(st: str, examples: int, seed: int, root: Path) -> dict[str, Any]:
         "all",
     ]
     words += ["--report", "har", "--report-har-path", str(log), "--output-sanitize", "false", "--no-color"]
-    done = subprocess.run([*words, *(part for header in headers for part in ("-H", header))], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*words, *(part for header in headers for part in ("-H", header))], capture_output=True, text=True, check=False, cwd=root
+    )
     server.stop()
     entries = json.loads(log.read_text(encoding="utf-8"))["log"]["entries"]
     return report(entries, done.returncode, done.stdout)
