@@ -241,7 +241,7 @@ def test_a_run_is_followed_while_it_is_written(browser: Any, root: Path, watched
         page = tab.show("run/live/curves")
         first = page.locator("figure", has=page.get_by_role("heading", name="Reward", exact=True))
         first.locator("svg").wait_for()
-        assert page.locator("#connection").inner_text() == "live"
+        page.locator("#connection", has_text="live").wait_for()
 
         def last_step() -> str:
             first.focus()

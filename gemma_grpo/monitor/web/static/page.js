@@ -20,6 +20,7 @@ class Overview {
   }
 
   close() {
+    this.closed = true;
     clearInterval(this.timer);
   }
 
@@ -27,7 +28,9 @@ class Overview {
     let found;
     try {
       found = await ask("/api/runs");
+      if (this.closed) return; // what stands above is another view's by now
     } catch (error) {
+      if (this.closed) return;
       say("");
       this.node.replaceChildren(el("h1", {}, "Runs"), failure(error));
       return;
