@@ -16,7 +16,7 @@ from playwright.sync_api import Page, sync_playwright
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 SIZES = ((1440, 900), (390, 844))
-WIDTH_OF_COLOURS = 128
+COLOURS = 128
 """Colours of a kept picture: text and lines need no more, and it takes a third of the room."""
 
 
@@ -45,7 +45,7 @@ def shrink(path: Path) -> None:
 
     picture = Image.open(path).convert("RGB")
     picture = picture.crop((0, 0, picture.width, min(picture.height, 1800)))
-    picture.quantize(WIDTH_OF_COLOURS).save(path, optimize=True)
+    picture.quantize(COLOURS).save(path, optimize=True)
 
 
 def main() -> None:

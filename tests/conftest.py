@@ -150,6 +150,21 @@ def pair_row(index: int, turns: int = 1) -> dict[str, str]:
 PAIR_ROWS = [pair_row(index, turns=1 + index % 2) for index in range(24)]
 
 
+JUDGED: dict[str, Any] = {
+    **{"reward": None, "save_steps": 1, "max_completion_length": 8, "reward_model.batch_size": 4, "reward_model.max_pairs": 8},
+    **{"witness.share": 0.3, "witness.num_prompts": 2, "witness.every": 1},
+}
+"""Of a small run with the default reward: a trained judge, shaped, and rules; a checkpoint and a look after each step."""
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """PAIR_ROWS as a file."""
+    path = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PAIR_ROWS), encoding="utf-8")
+    return path
+
+
 def mean_letter(completion_ids: list[list[int]], **columns: Any) -> list[float]:
     """A reward that tells most completions apart."""
     return [sum(ids) / len(ids) / 100 for ids in completion_ids]

@@ -23,6 +23,7 @@ ROWS: dict[str, float] = {
     "disk": 0,
     "containment": 0,
     "run_layout": 0,
+    "shares": 0,
     "stopping": 0,
     "watchdog": 0,
     "shapes": 1,  # on the adapter's settings
@@ -37,7 +38,6 @@ ROWS: dict[str, float] = {
     "checkpoint": 3,
     "monitor.events": 3,
     "monitor.durable": 3,
-    "monitor.writer": 3,
     "planner": 3,
     "reward": 4,
     "rollout": 4,

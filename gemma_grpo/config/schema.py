@@ -57,6 +57,11 @@ class SamplingSettings(Stage):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Keep the smallest set of tokens with this probability mass; 1 keeps all."""
 
+    @property
+    def is_filtered(self) -> bool:
+        """Whether log-probabilities of what was sampled are other than the policy's own."""
+        return self.top_k > 0 or self.top_p < 1
+
 
 class AdvantageSettings(Stage):
     """How rewards become advantages (docs/method.md, advantages)."""
@@ -359,7 +364,7 @@ class GRPOConfig(Stage):
                 f"kl.beta is {kl.beta}, outside [{kl.beta_min}, {kl.beta_max}] (kl.beta_min, kl.beta_max), where the controller keeps it. "
                 "Move a limit, or use kl.ref_target=null for a fixed beta, or kl.placement=off for no penalty."
             )
-        if kl.placement == "reward" and (self.sampling.top_k or self.sampling.top_p < 1):
+        if kl.placement == "reward" and self.sampling.is_filtered:
             raise ValueError("kl.placement is reward, which measures KL where it sampled: top_k, top_p must be off. Use kl.placement=loss.")
 
     @property

@@ -77,7 +77,7 @@ class Stepper:
         tokens = self.num_tokens + int(batch.completion_mask.sum())
         measured = {**reward_metrics(scores), **length_metrics(groups)}
         scored = scored_groups(groups, scores, batch.advantages)
-        if batch.ref_logprobs is not None and not is_filtered(self.config):
+        if batch.ref_logprobs is not None and not self.config.sampling.is_filtered:
             scored = with_drift(scored, batch.ref_logprobs, self.model.tokenizer)
         with self._phase("update", seconds):
             try:
@@ -221,11 +221,6 @@ def scored_groups(groups: Sequence[RolloutGroup], scores: StackScores, advantage
         )
         for n, group in enumerate(groups)
     ]
-
-
-def is_filtered(config: GRPOConfig) -> bool:
-    """Whether log-probabilities of what was sampled are other than the policy's own."""
-    return config.sampling.top_k > 0 or config.sampling.top_p < 1
 
 
 def with_drift(

@@ -28,6 +28,7 @@ from gemma_grpo.monitor.run_files import Record, RunFiles, read_run_files, real,
 from gemma_grpo.monitor.votes import tally, tally_line
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
+_COLOURS = Path(__file__).with_name("colours.css")
 _SHOWN_GROUPS = 3
 _TOLD_EVENTS = ("warn", "rollback", "error", "note")
 
@@ -74,6 +75,7 @@ def _context(files: RunFiles) -> dict[str, Any]:
     frontier = frontier_chart(files.evaluation.get("frontier"))
     return {
         "files": files,
+        "colours": Markup(_COLOURS.read_text(encoding="utf-8")),
         "verdict": findings.verdict(files.evaluation),
         "measures": _measures(files.evaluation),
         "arms": ["this run", *baselines],

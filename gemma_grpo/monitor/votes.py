@@ -6,7 +6,6 @@ A vote is a person's choice between two replies to one prompt that did not say w
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,9 @@ from typing import Any
 from gemma_grpo.disk import append_all
 from gemma_grpo.monitor.run_files import Record
 from gemma_grpo.run_layout import VOTES
+from gemma_grpo.shares import wilson_interval
 
 _WORTH = {"tuned": 1.0, "tie": 0.5, "base": 0.0}
-_Z = 1.959964
-"""Standard deviations of a 95 % interval."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +55,8 @@ def tally(votes: Sequence[Record]) -> Tally | None:
     if not choices:
         return None
     rate = sum(sum(worths) / len(worths) for worths in by_prompt.values()) / len(by_prompt)
-    low, high = wilson(rate, len(by_prompt))
+    low, high = wilson_interval(rate * len(by_prompt), len(by_prompt))
     return Tally(choices.count("tuned"), choices.count("base"), choices.count("tie"), len(by_prompt), rate, low, high)
-
-
-def wilson(rate: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share found on n: Wilson (1927), JASA 22, 209 to 212."""
-    middle, square = rate + _Z**2 / (2 * n), 1 + _Z**2 / n
-    half = _Z * math.sqrt(rate * (1 - rate) / n + _Z**2 / (4 * n**2))
-    return (middle - half) / square, (middle + half) / square
 
 
 def tally_line(found: Tally) -> str:

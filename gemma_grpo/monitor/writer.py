@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,25 @@ def writer_of(run_dir: Path) -> str | None:
         return _named(run_dir / WRITER)
     except OSError:
         return None
+
+
+def told_writer(run_dir: Path) -> str:
+    """Whether the process that the run's own file names is "here", "elsewhere" or "gone". Takes no lock: it may be asked all the time."""
+    try:
+        found = HOLDER.fullmatch((run_dir / WRITER).read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        found = None
+    if found is None:
+        return "gone"
+    if found[2] != socket.gethostname():
+        return "elsewhere"
+    try:
+        os.kill(int(found[1]), 0)
+    except (ProcessLookupError, OverflowError):
+        return "gone"
+    except PermissionError:
+        pass  # another user's, and there
+    return "here"
 
 
 def device_of(run_dir: Path) -> dict[str, str]:

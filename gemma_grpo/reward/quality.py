@@ -18,21 +18,12 @@ from torch import Tensor
 
 from gemma_grpo.data.prompts import conversation_id
 from gemma_grpo.reward.base import Scores
+from gemma_grpo.shares import wilson_interval
 from gemma_grpo.types import PreferencePair, RolloutGroup
 
 BINS = 5
 SUSPICIOUS = 0.76
 """Accuracy from which leaks are looked for: raters who agree on 63 % of pairs let a perfect judge be right on 75.5 % (p^2 + (1 - p)^2)."""
-
-
-def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927); (0, 1) when n is 0. Ties may count as half a success."""
-    if n == 0:
-        return 0.0, 1.0
-    share, spread = successes / n, z * z / n
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def accuracy(margins: Float[Tensor, " N"]) -> dict[str, Any]:

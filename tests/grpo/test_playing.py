@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PAIR_ROWS, TinyRun, mean_letter
+from conftest import JUDGED, TinyRun, mean_letter
 from peft import PeftModel
 from transformers import Gemma3ForCausalLM
 
@@ -29,15 +29,11 @@ from gemma_grpo.rollout.local import LocalEngine
 from gemma_grpo.types import Message, RolloutGroup
 
 ASKED: list[Message] = [{"role": "user", "content": "tell me something"}]
-SIZES = {"reward_model.batch_size": 4, "reward_model.max_pairs": 8, "witness.share": 0.3, "witness.num_prompts": 2, "witness.every": 1}
 
 
 @pytest.fixture(scope="module")
-def finished(train_tiny: Callable[..., TinyRun], tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    """A run on a file of pairs with the default reward: a trained judge, shaped, and rules; a checkpoint after each step."""
-    rows = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in PAIR_ROWS), encoding="utf-8")
-    return train_tiny(dataset=str(rows), reward=None, save_steps=1, max_completion_length=8, **SIZES)
+def finished(train_tiny: Callable[..., TinyRun], pairs_file: Path) -> TinyRun:
+    return train_tiny(dataset=str(pairs_file), **JUDGED)
 
 
 @pytest.fixture(scope="module")

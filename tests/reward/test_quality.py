@@ -17,9 +17,9 @@ from gemma_grpo.reward.quality import (
     leakage_warning,
     quality_report,
     spearman,
-    wilson_interval,
     within_group_length_correlation,
 )
+from gemma_grpo.shares import wilson_interval
 from gemma_grpo.types import Completion, PreferencePair, Prompt, RolloutGroup
 
 

@@ -32,7 +32,7 @@ from gemma_grpo.monitor.web.playground import BusyError, Playground, Question, V
 from gemma_grpo.run_layout import EVALUATION, LOOKS, METRICS, SAMPLES
 
 KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
-STATIC = ("page.css", "page.js", "parts.js", "curves.js", "replies.js", "playground.js", "run.js", "icon.svg")
+STATIC = ("colours.css", "page.css", "page.js", "parts.js", "curves.js", "replies.js", "playground.js", "run.js", "icon.svg")
 MOST_COMPARED = 4
 """Runs in one chart: as many as there are colours."""
 READERS = 4
@@ -105,7 +105,7 @@ class Page:
 
         def read() -> dict[str, Any]:
             found = [runs.overview(path) for path in self.runs.listed()]
-            return {"folder": self.runs.root.name, "only": self.runs.only, "runs": found}
+            return {"folder": self.runs.root.name, "runs": found}
 
         return Json(await self._read(read))
 
@@ -252,8 +252,9 @@ def compared(paths: list[Path]) -> dict[str, Any]:
 
 @cache
 def static_file(name: str) -> bytes:
-    """A file of the page."""
-    return (package_files("gemma_grpo.monitor.web") / "static" / name).read_bytes()
+    """A file of the page; its colours are the report's."""
+    folder = package_files("gemma_grpo.monitor")
+    return (folder / name if name == "colours.css" else folder / "web" / "static" / name).read_bytes()
 
 
 _Asked = TypeVar("_Asked", bound=BaseModel)

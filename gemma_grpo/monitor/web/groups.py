@@ -12,7 +12,7 @@ from typing import Any
 from gemma_grpo.monitor import watched
 from gemma_grpo.monitor.choices import choices
 from gemma_grpo.monitor.run_files import Record, real, records
-from gemma_grpo.monitor.web.logs import Slice, find_step, last_line, lines_after, lines_before, size
+from gemma_grpo.monitor.web.logs import find_step, last_line, lines_after, lines_before, size
 from gemma_grpo.run_layout import LOOKS, SAMPLES
 
 MOST_GROUPS = 32
@@ -30,7 +30,7 @@ def step_groups(path: Path, step: int | None) -> dict[str, Any]:
     log = path / SAMPLES
     last = _step(last_line(log))
     if last is None:
-        return {"step": None, "first": None, "last": None, "previous": None, "next": None, "groups": [], "more": 0}
+        return {"step": None, "first": None, "last": None, "previous": None, "next": None, "groups": [], "more": 0, "damaged": 0}
     wanted = last if step is None else step
     start = find_step(log, wanted)
     following = lines_after(log, start, 1).lines
@@ -38,7 +38,8 @@ def step_groups(path: Path, step: int | None) -> dict[str, Any]:
     if found is None:  # behind the last
         start, found = find_step(log, last), last
     end = find_step(log, found + 1)
-    groups = _of_step(lines_after(log, start, min(end - start, SCANNED)), found)
+    of_step = lines_after(log, start, min(end - start, SCANNED))
+    groups = [line for line in of_step.lines if _step(line) == found]
     before, after = lines_before(log, start, 1).lines if start else [], lines_after(log, end, 1).lines
     return {
         "step": found,
@@ -48,11 +49,8 @@ def step_groups(path: Path, step: int | None) -> dict[str, Any]:
         "next": _step(after[0]) if after else None,
         "groups": [shown(group) for group in groups[:MOST_GROUPS]],
         "more": max(0, len(groups) - MOST_GROUPS),
+        "damaged": of_step.damaged,
     }
-
-
-def _of_step(found: Slice, step: int) -> list[Record]:
-    return [line for line in found.lines if _step(line) == step]
 
 
 def shown(group: Record) -> dict[str, Any]:

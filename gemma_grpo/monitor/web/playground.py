@@ -118,7 +118,7 @@ class Playground:
     """Asks one worker at a time, for whoever comes first."""
 
     def __init__(self) -> None:
-        self._turn, self._waiting, self._number = asyncio.Lock(), 0, 0
+        self._turn, self._asked, self._number = asyncio.Lock(), 0, 0
         self._worker: _Worker | None = None
         self._unvoted: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._unvoted_pair = ""
@@ -128,20 +128,20 @@ class Playground:
     def check(self, run: Path, question: Question) -> None:
         """Raises BusyError, or ValueError for an adapter that is not there."""
         chosen(run, question.checkpoint)
-        if self._waiting >= MOST_WAITING:
-            raise BusyError(f"{self._waiting} questions wait already. Ask again when some are answered.")
+        if self._asked > MOST_WAITING:  # one of them is being answered
+            raise BusyError(f"{MOST_WAITING} questions wait already. Ask again when some are answered.")
 
     async def answer(self, run: Path, question: Question) -> AsyncIterator[dict[str, Any]]:
         """What happens, as it does: "waiting", "loading", pieces and replies of both sides, "done" or "error"."""
-        self._waiting += 1
+        self._asked += 1
         try:
             if self._turn.locked():
-                yield {"state": f"waiting for {self._waiting - 1} before"}
+                yield {"state": f"waiting for {self._asked - 1} before"}
             async with self._turn:
                 async for told in self._answered(run, question):
                     yield told
         finally:
-            self._waiting -= 1
+            self._asked -= 1
             self._last = time.monotonic()
 
     async def _answered(self, run: Path, question: Question) -> AsyncIterator[dict[str, Any]]:
@@ -233,7 +233,7 @@ class Playground:
     async def _let_go_when_idle(self) -> None:
         while self._worker is not None:
             await asyncio.sleep(max(1.0, IDLE - (time.monotonic() - self._last)))
-            if not self._waiting and time.monotonic() - self._last >= IDLE:
+            if not self._asked and time.monotonic() - self._last >= IDLE:
                 self.close()
         self._idling = None
 

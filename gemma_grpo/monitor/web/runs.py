@@ -6,7 +6,6 @@ Owns the way from a run's name in a request to its folder: a name is looked up a
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +18,8 @@ from gemma_grpo.containment import link_out
 from gemma_grpo.monitor import findings, watched
 from gemma_grpo.monitor.run_files import Record, parse_object, real, records
 from gemma_grpo.monitor.web.logs import last_line, lines_before, size, spread_lines
-from gemma_grpo.run_layout import EVALUATION, EVENTS, HOLDER, LOOKS, METRICS, RECIPE, RUN, SAMPLES, WRITER
+from gemma_grpo.monitor.writer import told_writer
+from gemma_grpo.run_layout import EVALUATION, EVENTS, LOOKS, METRICS, RECIPE, RUN, SAMPLES
 
 SPARK_POINTS = 60
 MOST_RUNS = 500
@@ -111,7 +111,7 @@ def status(path: Path, run: Record) -> tuple[str, str]:
     if said != "running":
         return said, str(run.get("error") or "")
     quiet = time.time() - _written(path)
-    writer = _writer(path)
+    writer = told_writer(path)
     if writer == "gone":
         return "interrupted", "Its process is gone without having said so. `gemma-grpo train ... --resume` goes on with it."
     if writer == "elsewhere":
@@ -119,22 +119,6 @@ def status(path: Path, run: Record) -> tuple[str, str]:
     if quiet > SILENT:
         return "silent", f"It has written nothing for {quiet / 60:.0f} min. A long step, or it hangs."
     return "running", ""
-
-
-def _writer(path: Path) -> str:
-    """Whether the process that holds the run is "here", "elsewhere" or "gone"."""
-    found = HOLDER.fullmatch(read_text(path / WRITER))
-    if found is None:
-        return "gone"
-    if found[2] != socket.gethostname():
-        return "elsewhere"
-    try:
-        os.kill(int(found[1]), 0)
-    except (ProcessLookupError, OverflowError):
-        return "gone"
-    except PermissionError:
-        return "here"
-    return "here"
 
 
 def overview(path: Path) -> dict[str, Any]:
@@ -149,7 +133,6 @@ def overview(path: Path) -> dict[str, Any]:
         "model": run.get("model"),
         "dataset": run.get("dataset"),
         "started": real(run.get("started")),
-        "ended": real(run.get("ended")),
         "written": _written(path),
         "step": real(last.get("step")) or 0,
         "total_steps": real(run.get("total_steps")),
@@ -181,13 +164,10 @@ def summary(path: Path, looks: Sequence[Record]) -> dict[str, Any]:
     return {
         **overview(path),
         "verdict": None if said is None else asdict(said),
-        "error": run.get("error"),
         "versions": run.get("versions"),
         "precision": run.get("precision"),
-        "completions_per_update": run.get("completions_per_update"),
         "data": run.get("data"),
         "recipe": read_text(path / RECIPE),
-        "metrics": last_line(path / METRICS),
         "alarms": [alarm for look in looks for alarm in records(look.get("alarms"))],
         "parting": watched.parting_lines(watched.parting(looks)),
         "told": [event for event in events if event.get("kind") in ("warn", "note", "rollback", "error", "alarm")][-40:],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import socket
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PAIR_ROWS, TinyRun
+from conftest import TinyRun
 from hostile_texts import PAYLOADS
 from page_server import TOKEN
 from written_runs import RECIPE, group, look, write_run, write_step
@@ -196,11 +195,11 @@ def test_settings_evaluation_and_report_are_in_place(tab: Tab) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(train_tiny: Callable[..., TinyRun], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+def trained(train_tiny: Callable[..., TinyRun], pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     """The page of a run with a model."""
-    rows = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in PAIR_ROWS), encoding="utf-8")
-    run = train_tiny(dataset=str(rows), reward={"length": 1.0}, max_completion_length=8, **{"witness.num_prompts": 2, "witness.every": 1})
+    run = train_tiny(
+        dataset=str(pairs_file), reward={"length": 1.0}, max_completion_length=8, **{"witness.num_prompts": 2, "witness.every": 1}
+    )
     found = Watched(run.path, tmp_path_factory.mktemp("token"))
     yield found
     found.stop()

@@ -14,24 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PAIR_ROWS, TinyRun
+from conftest import JUDGED, TinyRun
 from page_server import TOKEN, Server
 
 from gemma_grpo.grpo.playing import Player
 from gemma_grpo.monitor.events import RunDirectory
-from gemma_grpo.monitor.votes import tally, tally_line, wilson
+from gemma_grpo.monitor.votes import tally, tally_line
 from gemma_grpo.monitor.web import playground
 from gemma_grpo.monitor.web.guard import page_token
 
 ASKED = [{"role": "user", "content": "tell me something"}]
-SIZES = {"reward_model.batch_size": 4, "reward_model.max_pairs": 8, "witness.share": 0.3, "witness.num_prompts": 2, "witness.every": 1}
 
 
 @pytest.fixture(scope="module")
-def finished(train_tiny: Callable[..., TinyRun], tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    rows = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in PAIR_ROWS), encoding="utf-8")
-    return train_tiny(dataset=str(rows), reward=None, save_steps=1, max_completion_length=8, **SIZES)
+def finished(train_tiny: Callable[..., TinyRun], pairs_file: Path) -> TinyRun:
+    return train_tiny(dataset=str(pairs_file), **JUDGED)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +177,7 @@ def test_a_question_is_not_asked_by_reading(server: Server) -> None:
 
 
 def test_one_answers_at_a_time_and_only_so_many_wait(server: Server, finished: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(playground, "MOST_WAITING", 2)
+    monkeypatch.setattr(playground, "MOST_WAITING", 1)
     assert played(server, max_tokens=2)[-1] == {"done": True}
     (worker,) = workers(finished.path)
     os.kill(int(worker), signal.SIGSTOP)  # an answer that takes its time
@@ -261,4 +258,3 @@ def test_votes_on_one_prompt_are_one_opinion() -> None:
     assert (found.tuned, found.base, found.ties, found.prompts, found.count, found.rate) == (2, 1, 1, 3, 4, 0.5)
     # n = 3, p = 1/2, z^2 = 3.8415: centre 1/2; half = z sqrt(1/12 + z^2/36) / (1 + z^2/3) = 1.95996 x 0.43592 / 2.28048 = 0.37465
     assert (found.low, found.high) == pytest.approx((0.5 - 0.37465, 0.5 + 0.37465), abs=1e-4)
-    assert wilson(1.0, 10) == pytest.approx((0.72247, 1.0), abs=1e-4)  # 10 / (10 + z^2)

@@ -48,7 +48,7 @@ export class Charts {
     const drawing = el("div", { class: "drawing" });
     const readout = el("div", { class: "readout", "aria-live": "polite" });
     const figure = el("figure", { tabindex: 0, "aria-label": `${panel.title}; arrow keys read its values` }, el("h3", {}, panel.title), drawing, readout, el("figcaption", {}, panel.caption));
-    const card = { panel, figure, drawing, readout, version: null, place: null, failed: 0 };
+    const card = { panel, figure, drawing, readout, version: null, place: null };
     figure.addEventListener("keydown", (event) => this.step(card, event));
     figure.inView = true;
     this.cards.set(panel.key, card);

@@ -57,9 +57,11 @@ class Overview {
         el("td", { class: "words" }, run.verdict ? el("span", { class: run.verdict.tone }, run.verdict.headline) : "not evaluated"), when(run.written)];
     });
     ready();
+    const focused = this.node.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") || document.activeElement.getAttribute("href") : null;
     const empty = [el("p", {}, `There is no run in ${folder}.`), el("p", { class: "soft" }, "`gemma-grpo demo` makes one in a few minutes; `gemma-grpo train RECIPE` starts a real one. It appears here by itself.")];
     this.node.replaceChildren(el("h1", {}, "Runs"),
       ...(runs.length ? [table(["run", "status", "step", "reward", "its course", "evaluation", "last written"], rows), el("div", { class: "controls" }, compare, el("span", { class: "soft" }, "Tick two to four runs to overlay their curves and see in which settings they differ."))] : empty));
+    if (focused) this.node.querySelector(`[aria-label="${CSS.escape(focused)}"], [href="${CSS.escape(focused)}"]`)?.focus();
   }
 }
 

@@ -65,7 +65,7 @@ export function groupsView(run) {
     buttons[1].disabled = known.previous === null;
     buttons[2].disabled = known.next === null;
     place.value = known.step ?? "";
-    said.textContent = known.step === null ? "" : `step ${known.step} of ${known.first} to ${known.last}; ${known.groups.length} groups${known.more ? `, ${known.more} more are not shown` : ""}`;
+    said.textContent = known.step === null ? "" : `step ${known.step} of ${known.first} to ${known.last}; ${known.groups.length} groups${known.more ? `, ${known.more} more are not shown` : ""}${known.damaged ? `; ${known.damaged} damaged lines are left out` : ""}`;
     shown.replaceChildren(...(known.groups.length ? known.groups.map(groupCard) : [el("p", { class: "soft" }, "No group has been scored yet. They come with the first step.")]));
   }
 

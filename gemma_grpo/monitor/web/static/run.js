@@ -96,7 +96,9 @@ export class RunView {
       this.head.replaceChildren(el("h1", {}, this.run), failure(error));
       return;
     }
+    const open = this.head.querySelector("details")?.open;
     this.head.replaceChildren(...this.headParts(this.summary));
+    this.head.querySelector("details")?.toggleAttribute("open", open);
   }
 
   headParts(run) {
@@ -146,6 +148,7 @@ export class RunView {
   }
 
   evaluation() {
+    this.grown = () => this.evaluation();
     const rows = this.summary.evaluation.map((row) => [row.title, row.cell[0], row.cell[1]]);
     this.body.replaceChildren(...(rows.length ? [table(["metric", "after training", "gain and its 95 % interval"], rows)]
       : [el("p", { class: "soft" }, "Not evaluated yet. That happens at the end of training, or by `gemma-grpo evaluate`.")]),
