@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench.wind_tunnel import BARE, RESULTS, VARIANTS, settings, words
+from bench.wind_tunnel import BARE, RESULTS, VARIANTS, alarms_of, settings, words
 from bench.wind_tunnel_tables import DOCUMENT, ablation_table, arms_table, of, promises, tables
 
 
@@ -116,3 +116,16 @@ def test_the_documents_tables_are_those_of_the_results() -> None:
     document = DOCUMENT.path.read_text(encoding="utf-8")
     assert DOCUMENT.filled(document, tables(runs)) == document
     assert of(runs, "defaults")
+
+
+def test_kept_looks_are_judged_as_a_run_judges_them_each_finding_once() -> None:
+    def look(step: int, proxy: float, strayed: float) -> dict[str, Any]:
+        replies = [
+            {"prompt_id": f"p{n}", "kind": "benign", "proxy": proxy + 0.01 * (n % 7), "strayed": float(n < 100 * strayed)}
+            for n in range(100)
+        ]
+        return {"step": step, "metrics": {}, "replies": replies, "alarms": [{"level": "alert", "witness": "of other limits"}]}
+
+    looks = [look(0, 0.0, 0.0), look(1, 0.5, 0.0), look(2, 0.9, 0.08), look(3, 1.0, 0.09), look(4, 1.1, 0.2)]
+    # 8 of 100 replies strayed: past the limit of 0.05, below its double; 9 is the same again; 20 is past the double
+    assert [(one["step"], one["witness"], one["level"]) for one in alarms_of(looks)] == [(2, "strayed", "warn"), (4, "strayed", "alert")]
