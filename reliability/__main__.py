@@ -58,12 +58,29 @@ def checkpoint_cost(found: Mapping[str, Any]) -> tuple[str, str]:
     return "a checkpoint after every step, and stops, on the 270m shape", f"{shares}; {ends}"
 
 
+def page_fuzz(found: Mapping[str, Any]) -> tuple[str, str]:
+    return f"{found['requests']:,} requests to the page, made up by schemathesis", (
+        f"{found['server_errors']} server errors, {found['without_safe_headers']} answers without the safe headers"
+    )
+
+
+def page_load(found: Mapping[str, Any]) -> tuple[str, str]:
+    answers, steps, memory = found["answer_seconds"], found["step_seconds"]["steps"], found["memory_growth"]
+    what = f"{found['requests']:,} requests and 64 open streams in {found['seconds']:.0f} s, beside a training"
+    return what, (
+        f"{found['errors']} errors; 99 % of the answers within {answers['p99']:.3f} s, the slowest {answers['max']:.3f} s; a step takes "
+        f"{found['slowed_by']:+.1%} of its time more (median of {steps[1]} beside {steps[0]}); the server's memory {memory:+.1%}"
+    )
+
+
 ROWS = {
     "trainer_kills": trainer_kills,
     "writer_kills": writer_kills,
     "fuzz_parser": fuzz_parser,
     "mutants": mutants,
     "checkpoint_cost": checkpoint_cost,
+    "page_fuzz": page_fuzz,
+    "page_load": page_load,
 }
 """Result -> its row."""
 
