@@ -10,14 +10,14 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gemma_grpo.monitor.run_charts import Lines, Panel, draw, training_panels, watched_panels
 from gemma_grpo.monitor.run_files import Record
-from gemma_grpo.monitor.web.logs import lines_after, size, spread_lines
+from gemma_grpo.monitor.web.logs import WHOLE, lines_after, size, spread_lines
 from gemma_grpo.run_layout import LOOKS, METRICS
 
 POINTS = 400
@@ -28,23 +28,49 @@ _BITE = 2**22
 
 
 @dataclass(slots=True)
-class _Looks:
-    """The looks of one run without their replies, read on from where the last reading ended."""
+class _Grown:
+    """The lines of a log, read on from where the last reading ended; of each, what `keep` keeps."""
 
+    keep: Callable[[Record], Record]
     read: int = 0
     found: list[Record] = field(default_factory=list)
+    _last: int = 0
 
     def up_to_date(self, path: Path) -> list[Record]:
-        total = size(path)
-        if total < self.read:  # cut back by a resume
-            self.read, self.found = 0, []
-        while self.read < total:
+        """All that there are now."""
+        if not self._goes_on(path):
+            self.read, self.found, self._last = 0, [], 0
+        while self.read < size(path):
             bite = lines_after(path, self.read, _BITE)
             if bite.end == self.read:
                 break
             self.read = bite.end
-            self.found += [{name: line.get(name) for name in ("step", "metrics", "alarms")} for line in bite.lines]
+            self._last = bite.starts[-1] if bite.starts else self._last
+            self.found += map(self.keep, bite.lines)
         return list(self.found)
+
+    def _goes_on(self, path: Path) -> bool:
+        """Whether the log still holds what was read: a resume cuts it back, and may have written on since."""
+        if not self.found:
+            return size(path) >= self.read
+        return size(path) >= self.read and [self.keep(line) for line in lines_after(path, self._last, 1).lines] == self.found[-1:]
+
+
+def _without_replies(look: Record) -> Record:
+    return {name: look.get(name) for name in ("step", "metrics", "alarms")}
+
+
+@dataclass(slots=True)
+class _Read:
+    """What was read of one run."""
+
+    metrics: _Grown = field(default_factory=lambda: _Grown(dict))
+    looks: _Grown = field(default_factory=lambda: _Grown(_without_replies))
+
+    def lines(self, path: Path) -> Lines:
+        log = path / METRICS
+        long = size(log) > WHOLE
+        return Lines(path.name, spread_lines(log, POINTS) if long else self.metrics.up_to_date(log), self.looks.up_to_date(path / LOOKS))
 
 
 @dataclass(slots=True)
@@ -57,7 +83,7 @@ class Curves:
     """Keeps what was read and drawn; may be asked from several threads."""
 
     def __init__(self) -> None:
-        self._looks: OrderedDict[Path, _Looks] = OrderedDict()
+        self._read: OrderedDict[Path, _Read] = OrderedDict()
         self._lines: OrderedDict[Path, tuple[tuple[int, ...], Lines]] = OrderedDict()
         self._charts: OrderedDict[tuple[Any, ...], _Drawn] = OrderedDict()
         self._reading, self._drawing = threading.Lock(), threading.Lock()
@@ -69,11 +95,9 @@ class Curves:
             version = _version(path)
             kept = self._lines.get(path)
             if kept is None or kept[0] != version:
-                looks = self._looks.setdefault(path, _Looks()).up_to_date(path / LOOKS)
-                kept = version, Lines(path.name, spread_lines(path / METRICS, POINTS), looks)
-                self._lines[path] = kept
+                kept = self._lines[path] = version, self._read.setdefault(path, _Read()).lines(path)
             _keep_newest(self._lines, path, KEPT_RUNS)
-            _keep_newest(self._looks, path, KEPT_RUNS)
+            _keep_newest(self._read, path, KEPT_RUNS)
             return kept[1]
 
     def panels(self, path: Path) -> list[Panel]:
@@ -87,20 +111,26 @@ class Curves:
 
         It may be older than the logs: whoever wants the newest asks again.
         """
-        with self._drawing:
-            name, now = (*paths, key), time.monotonic()
-            version = tuple(map(_version, paths))
-            kept = self._charts.get(name)
-            if kept is None or (kept.version != version and now >= self._free_at):
-                panel = next((panel for path in paths for panel in self.panels(path) if panel.key == key), None)
-                if panel is None:
-                    return None
-                svg = draw(panel, [self.lines(path) for path in paths], hover=True).svg
-                if kept is not None:  # what was never drawn is owed at once
-                    self._free_at = now + (time.monotonic() - now) / (SHARE * (os.cpu_count() or 1))
-                kept = self._charts[name] = _Drawn(version, str(svg))
-            _keep_newest(self._charts, name, KEPT_CHARTS)
+        name, version = (*paths, key), tuple(map(_version, paths))
+        kept = self._charts.get(name)
+        if kept is not None and (kept.version == version or time.monotonic() < self._free_at or self._drawing.locked()):
             return kept.svg, version_text(kept.version)
+        with self._drawing:
+            drawn = self._draw(paths, key, version, owed=kept is None)
+        return None if drawn is None else (drawn.svg, version_text(drawn.version))
+
+    def _draw(self, paths: Sequence[Path], key: str, version: tuple[tuple[int, int], ...], *, owed: bool) -> _Drawn | None:
+        name, began = (*paths, key), time.monotonic()
+        kept = self._charts.get(name)
+        if kept is None or not (owed or kept.version == version):  # another request may have drawn it meanwhile
+            panel = next((panel for path in paths for panel in self.panels(path) if panel.key == key), None)
+            if panel is None:
+                return None
+            kept = self._charts[name] = _Drawn(version, str(draw(panel, [self.lines(path) for path in paths], hover=True).svg))
+            if not owed:  # what was never drawn is owed at once
+                self._free_at = time.monotonic() + (time.monotonic() - began) / (SHARE * (os.cpu_count() or 1))
+        _keep_newest(self._charts, name, KEPT_CHARTS)
+        return kept
 
 
 def version_text(version: Sequence[tuple[int, int]]) -> str:

@@ -17,12 +17,14 @@ from gemma_grpo.run_layout import LOOKS, SAMPLES
 
 MOST_GROUPS = 32
 """Groups of one step that are shown; a step has batch_size x gradient_accumulation_steps of them."""
+LARGEST_STEP = 2**23
+"""Bytes of the groups of a step that are read."""
 PAGE = 12
 """Groups, or pairs of replies, of one page of the browser."""
 MOST_PROMPTS = 200
-SCANNED = 2**23
-"""Bytes that one request looks through for a page."""
-_BITE = 2**20
+SCANNED = 2**21
+"""Bytes that one request looks through: some 50 ms. Whoever has found too few asks on."""
+_BITE = 2**18
 
 
 def step_groups(path: Path, step: int | None) -> dict[str, Any]:
@@ -38,7 +40,7 @@ def step_groups(path: Path, step: int | None) -> dict[str, Any]:
     if found is None:  # behind the last
         start, found = find_step(log, last), last
     end = find_step(log, found + 1)
-    of_step = lines_after(log, start, min(end - start, SCANNED))
+    of_step = lines_after(log, start, min(end - start, LARGEST_STEP))
     groups = [line for line in of_step.lines if _step(line) == found]
     before, after = lines_before(log, start, 1).lines if start else [], lines_after(log, end, 1).lines
     return {

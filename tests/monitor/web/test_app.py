@@ -15,11 +15,9 @@ from pathlib import Path
 
 import pytest
 from page_server import TOKEN, Server
-from written_runs import RECIPE, group, look, write_run, write_step
+from written_runs import RECIPE, group, write_run, write_step
 
 from gemma_grpo.monitor.events import RunDirectory
-from gemma_grpo.monitor.web import curves as curves_module
-from gemma_grpo.monitor.web.curves import Curves
 from gemma_grpo.monitor.web.groups import PAGE
 from gemma_grpo.monitor.web.stream import progress
 from gemma_grpo.types import StepRecord
@@ -217,40 +215,6 @@ def test_a_run_says_whether_anyone_still_writes_it(tmp_path: Path) -> None:
     assert (line["status"], line["status_text"]) == ("failed", "ValueError: it broke")
     run.close()
     server.stop()
-
-
-def test_charts_of_a_growing_run_are_drawn_anew_but_not_all_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curves_module, "SHARE", 1e-9)  # nothing may be drawn again for years
-    with live_run(tmp_path / "run") as run:
-        write_step(run, 1)
-        curves = Curves()
-        first = curves.chart([run.path], "reward")
-        assert first is not None
-        assert curves.chart([run.path], "kl") is not None  # what was never drawn is owed at once
-        write_step(run, 2)
-        second = curves.chart([run.path], "reward")
-        assert second is not None
-        assert second[1] != first[1]
-        write_step(run, 3)
-        assert curves.chart([run.path], "reward") == second
-        monkeypatch.setattr(curves, "_free_at", 0.0)
-        third = curves.chart([run.path], "reward")
-        assert third is not None
-        assert third[1] != second[1]
-
-
-def test_looks_are_read_once_and_again_after_a_cut(tmp_path: Path) -> None:
-    with live_run(tmp_path / "run") as run:
-        curves = Curves()
-        for step in range(4):
-            run.append_look(look(step))
-            assert [line["step"] for line in curves.lines(run.path).looks] == list(range(step + 1))
-        assert "replies" not in curves.lines(run.path).looks[0]
-        size = (run.path / "witnesses.jsonl").stat().st_size
-        run.truncate({**run.offsets(), "witnesses.jsonl": 0})
-        run.append_look(look(7))
-        assert (run.path / "witnesses.jsonl").stat().st_size < size
-        assert [line["step"] for line in curves.lines(run.path).looks] == [7]
 
 
 # ---- what is missing or damaged

@@ -76,8 +76,8 @@ export class Charts {
       card.version = etag ? etag.replaceAll('"', "") : "";
       card.told = JSON.parse(svg.getAttribute("data-hover") || "null");
       svg.removeAttribute("data-hover");
-      svg.addEventListener("pointermove", (event) => this.point(card, event));
-      svg.addEventListener("pointerleave", () => this.leave(card));
+      for (const kind of ["pointermove", "pointerdown"]) svg.addEventListener(kind, (event) => this.point(card, event));
+      svg.addEventListener("pointerleave", (event) => (event.pointerType === "touch" ? null : this.leave(card))); // a finger's value stays
       card.drawing.replaceChildren(svg);
       if (card.place !== null) this.read(card, card.place);
     } catch (error) {

@@ -4,6 +4,7 @@ import { ask, conversation, el, failure, number, runPath, shaded } from "./parts
 
 const FILTERS = { all: "newest groups", "zero variance": "groups without a signal (all rewards equal)", "cut off": "groups with a reply that was cut off", "not scored": "groups with a reply that was not scored" };
 const ORDERS = { "most improved": "most improved since the start", "most suspicious": "most suspicious: reward up, judge not", best: "best of the last look", worst: "worst of the last look" };
+const ENOUGH = 12, MOST_ASKED = 16; // cards at a time, and requests for them: each looks through a part of a long log
 const MEASURES = ["gold", "witness", "lexical", "fluency", "oddest"];
 
 const fact = (name, value) => [`${name} `, el("b", {}, number(value)), " · "];
@@ -85,10 +86,11 @@ export function samplesView(run) {
   const source = el("select", { "aria-label": "source", change: () => restart() }, el("option", { value: "" }, "all sources"));
   const shown = el("div", {}), said = el("p", { class: "soft", role: "status" });
   const more = el("button", { type: "button", click: () => page() }, "more");
-  let next = null, turn = 0;
+  let next = null, turn = 0, looked = [];
 
   function restart() {
     next = null;
+    looked = [];
     turn += 1;
     said.textContent = "looking…";
     shown.replaceChildren();
@@ -100,9 +102,11 @@ export function samplesView(run) {
     source.hidden = kind === "order";
     more.disabled = true;
     try {
-      const found = await (kind === "filter" ? filtered(value) : ordered(value));
-      if (mine !== turn) return; // another choice was made meanwhile
-      shown.append(...found());
+      for (let asked = 0, enough = shown.childElementCount + ENOUGH; asked < MOST_ASKED && shown.childElementCount < enough && (asked === 0 || next !== null); asked += 1) {
+        const found = await (kind === "filter" ? filtered(value) : ordered(value));
+        if (mine !== turn) return; // another choice was made meanwhile
+        shown.append(...found());
+      }
     } catch (error) {
       if (mine === turn) shown.replaceChildren(failure(error));
     }
@@ -116,8 +120,9 @@ export function samplesView(run) {
     return () => {
       next = found.before;
       for (const name of found.sources) if (![...source.options].some((option) => option.value === name)) source.append(el("option", { value: name }, name));
-      const through = found.steps.length ? `looked through steps ${found.steps[0]} to ${found.steps[1]}` : "there are no groups yet";
-      said.textContent = `${found.groups.length} groups; ${through}${next === null ? ", which is all" : ""}.`;
+      looked.push(...found.steps);
+      const through = looked.length ? `looked through steps ${Math.min(...looked)} to ${Math.max(...looked)}` : "there are no groups yet";
+      said.textContent = `${shown.childElementCount + found.groups.length} groups; ${through}${next === null ? ", which is all" : ""}.`;
       return found.groups.map(groupCard);
     };
   }

@@ -6,6 +6,7 @@ import { Playground } from "./playground.js";
 import { groupsView, samplesView } from "./replies.js";
 
 const TABS = { curves: "Curves", groups: "Groups", replies: "Replies", playground: "Playground", evaluation: "Evaluation", settings: "Settings", report: "Report" };
+const STANDING = ["curves", "evaluation"]; // tabs that say how the run stands: alarms and verdict
 const POLL = 3000;
 const STREAM_FAILURES = 3;
 
@@ -57,10 +58,11 @@ export class RunView {
     this.run = run;
     this.sizes = {};
     this.head = el("div", {});
+    this.standing = el("div", {});
     this.body = el("div", {});
     this.tabs = el("nav", { class: "tabs", "aria-label": "views of this run" },
       Object.entries(TABS).map(([key, title]) => el("a", { href: `#/run/${encodeURIComponent(run)}/${key}`, id: `tab-${key}` }, title)));
-    this.node = el("div", {}, this.head, this.tabs, this.body);
+    this.node = el("div", {}, this.head, this.tabs, this.standing, this.body);
     this.line = new Line(run, (told) => this.heard(told), said);
   }
 
@@ -69,6 +71,7 @@ export class RunView {
     this.leave();
     for (const link of this.tabs.children) link.toggleAttribute("aria-current", link.id === `tab-${tab}`);
     this.tabs.querySelector("[aria-current]")?.setAttribute("aria-current", "page");
+    this.standing.hidden = tab in TABS && !STANDING.includes(tab);
     await this.readHead();
     if (!this.summary) return;
     const views = { curves: () => this.curves(), groups: () => this.replies(groupsView), replies: () => this.replies(samplesView),
@@ -96,26 +99,24 @@ export class RunView {
       this.head.replaceChildren(el("h1", {}, this.run), failure(error));
       return;
     }
-    const open = this.head.querySelector("details")?.open;
-    this.head.replaceChildren(...this.headParts(this.summary));
-    this.head.querySelector("details")?.toggleAttribute("open", open);
+    const open = this.standing.querySelector("details")?.open, run = this.summary, alarms = run.alarms.filter((alarm) => alarm.level !== "note");
+    this.head.replaceChildren(...this.headParts(run, alarms));
+    this.standing.replaceChildren(...[alarms.length ? alarmBox(alarms, run.parting) : null, verdict(run.verdict)].filter(Boolean));
+    this.standing.querySelector("details")?.toggleAttribute("open", open);
   }
 
-  headParts(run) {
+  headParts(run, alarms) {
     const pace = Object.entries(run.pace), perStep = pace.reduce((sum, [, seconds]) => sum + seconds, 0);
     const left = run.total_steps ? run.total_steps - run.step : null;
     const eta = run.status === "running" && left && perStep ? `, about ${duration(left * perStep)} left of training` : "";
     const split = pace.map(([name, seconds]) => `${name} ${duration(seconds)} (${Math.round((100 * seconds) / perStep)} %)`).join(", ");
-    const alarms = run.alarms.filter((alarm) => alarm.level !== "note");
     return [
-      el("h1", {}, run.name, " ", badge(run)),
+      el("h1", {}, run.name, " ", badge(run), alarms.length ? el("a", { class: "badge failed", href: `#/run/${encodeURIComponent(run.name)}/curves` }, counted(alarms)) : null),
       el("p", { class: "soft" }, `${run.model || "model not recorded"} on ${run.dataset || "data not recorded"} · started ${when(run.started)}`),
       run.status_text ? el("p", { class: "notice bad" }, run.status_text) : null,
       el("p", {}, `step ${number(run.step)}${run.total_steps ? ` of ${number(run.total_steps)}` : ""}${eta} · reward `, el("b", {}, number(run.reward)), " ", rewardSpark(run.rewards)),
       run.total_steps ? el("progress", { max: run.total_steps, value: run.step, "aria-label": "steps made" }) : null,
       pace.length ? el("p", { class: "soft" }, `A step takes ${duration(perStep)}: ${split}`) : null,
-      alarms.length ? alarmBox(alarms, run.parting) : null,
-      verdict(run.verdict),
     ].filter(Boolean);
   }
 
@@ -173,9 +174,11 @@ function rewardSpark(values) {
   return values.length > 1 ? spark(values, "reward over the steps") : "";
 }
 
+const counted = (alarms) => (alarms.length === 1 ? "One alarm" : `${alarms.length} alarms`);
+
 function alarmBox(alarms, parting) {
   const lines = alarms.map((alarm) => el("li", {}, el("b", { class: "bad" }, `step ${alarm.step}, ${alarm.level}: `), alarm.text));
-  return el("section", { class: "notice alarm", "aria-label": "alarms" }, el("h2", { class: "bad" }, alarms.length === 1 ? "One alarm" : `${alarms.length} alarms`),
+  return el("section", { class: "notice alarm", "aria-label": "alarms" }, el("h2", { class: "bad" }, counted(alarms)),
     parting.map((line) => el("p", {}, line)), el("details", {}, el("summary", {}, "What they said"), el("ul", {}, lines)));
 }
 
