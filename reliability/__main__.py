@@ -65,11 +65,12 @@ def page_fuzz(found: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def page_load(found: Mapping[str, Any]) -> tuple[str, str]:
-    answers, steps, memory = found["answer_seconds"], found["step_seconds"]["steps"], found["memory_growth"]
-    what = f"{found['requests']:,} requests and 64 open streams in {found['seconds']:.0f} s, beside a training"
+    answers, steps, slowed, memory = found["answer_seconds"], found["steps"], found["slowed_by"], max(found["memory_growth"].values())
+    what = f"{found['requests']:,} requests and 64 open streams in {found['seconds']:.0f} s, beside a training; as long under attack"
     return what, (
         f"{found['errors']} errors; 99 % of the answers within {answers['p99']:.3f} s, the slowest {answers['max']:.3f} s; a step takes "
-        f"{found['slowed_by']:+.1%} of its time more (median of {steps[1]} beside {steps[0]}); the server's memory {memory:+.1%}"
+        f"{slowed['loaded']:+.1%} of its time more under load, {slowed['attacked']:+.1%} under attack (medians of {steps['loaded']} and "
+        f"{steps['attacked']} beside {steps['quiet']}); the server's memory {memory:+.1%}"
     )
 
 

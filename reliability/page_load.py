@@ -1,7 +1,8 @@
 """What the page costs a training beside it, and how it holds up: `python -m reliability.page_load`, JSON out.
 
 A training on the miniature goes on while 64 pages hold their streams open and 50 requests a second ask for everything a page asks for.
-Load and quiet take turns of equal length; counted are the seconds of a step in both, the answers' times, and the memory of the server's
+Quiet, load and attack take turns; in an attack IDLE connections say nothing, SLOW ones send a byte a second, and heads of ten megabytes
+come one after the other. Counted are the seconds of a step in each, the answers' times under load, and the memory of the server's
 process. Clients are in this process, on the same machine: what they take of it counts against the page.
 Exit code 1 when the 99th percentile is above SLOWEST, a step is slowed by more than SLOWED, memory grows by more than GROWTH, or any
 answer is an error.
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,9 @@ from reliability.writer_kills import RESULTS
 
 SLOWEST, SLOWED, GROWTH = 0.250, 0.05, 0.10
 STREAMS, RATE = 64, 50
+IDLE, SLOW = 1000, 32
+WARM_UP = 30
+"""Seconds of load before anything counts: libraries are loaded and charts drawn, as of a page that is open."""
 TOKEN = "0123456789abcdef0123"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 PATHS = (
@@ -88,6 +93,43 @@ class Load:
             stream.cancel()
         await asyncio.gather(*streams, return_exceptions=True)
 
+    async def attack(self, seconds: float) -> None:
+        """All that a client should not do, for so long."""
+        clients = [self._hold(every=None) for _ in range(IDLE)] + [self._hold(every=1.0) for _ in range(SLOW)] + [self._flood()]
+        tasks = [asyncio.create_task(client) for client in clients]
+        await asyncio.sleep(seconds)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _hold(self, every: float | None) -> None:
+        """Connections one after the other, each as long as the server has it; with a byte now and then, or none."""
+        while True:
+            with suppress(OSError):
+                reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                try:
+                    while every is not None and not reader.at_eof():
+                        writer.write(b"G")
+                        await asyncio.sleep(every)
+                    await reader.read()
+                finally:
+                    writer.close()
+            await asyncio.sleep(10)
+
+    async def _flood(self) -> None:
+        """Heads of ten megabytes."""
+        while True:
+            with suppress(OSError):
+                _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                try:
+                    writer.write(b"GET / HTTP/1.1\r\nX: ")
+                    for _ in range(160):
+                        writer.write(b"a" * 65536)
+                        await writer.drain()
+                finally:
+                    writer.close()
+            await asyncio.sleep(1)
+
 
 def resident(pid: int) -> int:
     """Bytes of memory that a process holds."""
@@ -126,52 +168,56 @@ def start(root: Path) -> tuple[subprocess.Popen[str], subprocess.Popen[bytes], i
 
 
 def measure(root: Path, seconds: float, turns: int) -> dict[str, Any]:
-    """Load and quiet in turn."""
+    """Quiet, load and attack in turn."""
     page, train, port = start(root)
     load = Load(port)
-    loaded, quiet, memory = list[tuple[float, float]](), list[tuple[float, float]](), list[int]()
+    spans: dict[str, list[tuple[float, float]]] = {"quiet": [], "loaded": [], "attacked": []}
+    memory: dict[str, list[int]] = {"loaded": [], "attacked": []}
+    turn = seconds / turns
+    doing = {"quiet": lambda: asyncio.sleep(turn), "loaded": lambda: load.press(turn), "attacked": lambda: load.attack(turn)}
     try:
-        asyncio.run(load.press(5))  # libraries loaded, charts drawn: as a page that is open
+        asyncio.run(load.press(WARM_UP))
         load.seconds.clear()
         for _ in range(turns):
-            for spans in (quiet, loaded):
+            for name, do in doing.items():
                 began = time.time()
-                if spans is loaded:
-                    asyncio.run(load.press(seconds / turns))
-                    memory.append(resident(page.pid))
-                else:
-                    time.sleep(seconds / turns)
-                spans.append((began, time.time()))
+                asyncio.run(do())
+                spans[name].append((began, time.time()))
+                if name in memory:
+                    memory[name].append(resident(page.pid))
     finally:
         train.send_signal(signal.SIGTERM)
         page.terminate()
         train.wait(60)
         page.wait(60)
-    return report(load, step_seconds(root / "runs" / "run", loaded), step_seconds(root / "runs" / "run", quiet), memory)
+    return report(load, {name: step_seconds(root / "runs" / "run", span) for name, span in spans.items()}, memory)
 
 
-def report(load: Load, loaded: Sequence[float], quiet: Sequence[float], memory: Sequence[int]) -> dict[str, Any]:
+def report(load: Load, steps: Mapping[str, Sequence[float]], memory: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """The figures, and whether they hold."""
-    cuts = statistics.quantiles(load.seconds, n=100)
-    found: dict[str, Any] = {
+    cuts, medians = statistics.quantiles(load.seconds, n=100), {name: statistics.median(seconds) for name, seconds in steps.items()}
+    slowed = {name: medians[name] / medians["quiet"] - 1 for name in ("loaded", "attacked")}
+    growth = {name: found[-1] / found[0] - 1 for name, found in memory.items()}
+    p99 = cuts[98]
+    return {
         "requests": len(load.seconds),
         "events": load.events,
         "errors": len(load.wrong),
         "first_errors": load.wrong[:5],
-        "answer_seconds": {"median": statistics.median(load.seconds), "p99": cuts[98], "max": max(load.seconds)},
-        "step_seconds": {"quiet": statistics.median(quiet), "loaded": statistics.median(loaded), "steps": [len(quiet), len(loaded)]},
-        "slowed_by": statistics.median(loaded) / statistics.median(quiet) - 1,
-        "memory_bytes": list(memory),
-        "memory_growth": memory[-1] / memory[0] - 1,
+        "answer_seconds": {"median": statistics.median(load.seconds), "p99": p99, "max": max(load.seconds)},
+        "step_seconds": medians,
+        "steps": {name: len(seconds) for name, seconds in steps.items()},
+        "slowed_by": slowed,
+        "memory_bytes": memory,
+        "memory_growth": growth,
+        "holds": p99 < SLOWEST and max(slowed.values()) <= SLOWED and max(growth.values()) <= GROWTH and not load.wrong,
     }
-    holds = found["answer_seconds"]["p99"] < SLOWEST and found["slowed_by"] <= SLOWED and found["memory_growth"] <= GROWTH
-    return {**found, "holds": holds and not load.wrong}
 
 
 def main() -> None:
     """Measure, and keep the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=300.0, help="of load; there is as much quiet beside")
+    parser.add_argument("--seconds", type=float, default=300.0, help="of load; there is as much of quiet and of attack")
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--out", type=Path, default=RESULTS / "page_load.json")
     options = parser.parse_args()

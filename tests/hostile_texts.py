@@ -1,4 +1,4 @@
-"""Texts that a model could say and that a careless page would run, fetch or obey. What runs sets window.__hit."""
+"""Texts that a model could say and that a careless page or terminal would run, fetch or obey. What runs in a page sets window.__hit."""
 
 from __future__ import annotations
 
@@ -69,4 +69,21 @@ PAYLOADS = [
     *(f"<img src=//evil.example/{n}>" for n in range(5)),
     *(f"__proto__ constructor prototype {n}" for n in range(3)),
     *("x" * 5000, "\n" * 50, "\t" * 50),
+]
+
+ESC, BEL, ST, CSI, OSC = "\x1b", "\x07", "\x1b\\", "\x9b", "\x9d"
+TERMINAL = [
+    # OSC: titles, links that say one place and lead to another, the clipboard, colours, notifications
+    *(f"{ESC}]0;owned{BEL}", f"{ESC}]2;owned{ST}", f"{ESC}]8;;https://evil{ST}https://good{ESC}]8;;{ST}", f"{ESC}]8;id=1;file:///etc{BEL}x"),
+    *(f"{ESC}]52;c;cm0gLXJmIH4K{BEL}", f"{ESC}]52;p;?{ST}", f"{OSC}52;c;eA==\x9c", f"{ESC}]4;1;?{BEL}", f"{ESC}]9;hello{BEL}"),
+    *(f"{ESC}]777;notify;a;b{BEL}", f"{ESC}]1337;File=inline=1:AAAA{BEL}", f"{ESC}]50;SetProfile=x{BEL}", f"{ESC}]104{ST}"),
+    # CSI: clear, move, colour, hide, scroll back, ask for a report that is typed as input
+    *(f"{ESC}[2J{ESC}[H", f"{ESC}[3J", f"{ESC}[31mred{ESC}[0m", f"{ESC}[8mhidden{ESC}[28m", f"{ESC}[1A{ESC}[2K", f"{ESC}[6n", f"{ESC}[c"),
+    *(f"{ESC}[?1049h", f"{ESC}[?25l", f"{ESC}[?1000h", f"{ESC}[5i", f"{ESC}[20t", f"{ESC}[200~rm{ESC}[201~", f"{CSI}2J", f"{CSI}31m"),
+    # other escapes and device control strings
+    *(f"{ESC}c", f"{ESC}7{ESC}8", f"{ESC}(0", f"{ESC}P$q\"p{ST}", f"{ESC}_Gf=100;AAAA{ST}", f"{ESC}^x{ST}", f"{ESC}X{ST}", f"{ESC}"),
+    # lone controls: back over what was printed, ring, shift, break a line
+    *("ok\rerror", "abc\b\b\bxyz", "\x07\x07", "\x0e\x0f", "a\x0bb\x0cc", "\x00", "\x7f", "\x85", "\x90\x9e\x9f", "\x1a\x04"),
+    # what reorders or hides
+    *("\u202egnp.exe", "\u2066a\u2069", "\u200bzero\u2060width\ufeff", "\U000e0041\U000e0042", "pass\u200cword", "\u2028\u2029"),
 ]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from page_server import Server
 
 from gemma_grpo.cli import run
 
@@ -98,11 +99,31 @@ def train(folder: Path, model: Path, rewards: str, *more: str) -> tuple[int, str
     return done.returncode, done.stdout + done.stderr, written(folder, rows, code)
 
 
+ADDRESSES = (
+    *("/", "/api/runs", "/api/runs/run", "/api/runs/run/groups", "/api/runs/run/samples", "/api/runs/run/changed", "/api/panels?run=run"),
+    *("/api/runs/run/progress", "/api/runs/run/playground", "/api/chart?run=run&key=reward", "/api/compare?run=run", "/report/run"),
+    *("/nothing", "/api/runs/none", "/api/runs/run/groups?step=x", "/api/chart?run=run&key=x"),
+)
+
+
+def on_the_page(folder: Path) -> str:
+    """All that `watch` says of the run, and of mistakes in asking for it, while its own environment holds secrets too."""
+    server = Server(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        answers = [server.ask(path) for path in ADDRESSES]
+    server.stop()
+    assert [answer.status for answer in answers[:6]] == [200] * 6
+    assert [answer.status for answer in answers[-4:]] == [404, 404, 400, 404]
+    return "".join(f"{answer.headers}{answer.body.decode()}" for answer in answers)
+
+
 def test_a_run_that_works_tells_no_secret_of_its_environment(tmp_path: Path, small_model_dir: Path) -> None:
     code, printed, files = train(tmp_path, small_model_dir, "def mine(completions):\n    return [1.0 * len(c) for c in completions]\n")
     assert code == 0, printed
     assert "run/adapter/adapter_model.safetensors" in files
-    assert hits(printed + files) == []
+    assert hits(printed + files + on_the_page(tmp_path)) == []
 
 
 @pytest.mark.parametrize("debug", [(), ("--debug",)], ids=["", "debug"])
@@ -115,7 +136,9 @@ def test_a_run_that_fails_tells_no_secret_of_the_error(tmp_path: Path, small_mod
     assert "broke: 401 Client Error for ***" in printed
     assert "broke: 401 Client Error for ***" in files  # run.json and events.jsonl
     assert ("Traceback" in printed) is bool(debug)
-    assert hits(printed + files) == []
+    page = on_the_page(tmp_path)
+    assert "broke: 401 Client Error for ***" in page
+    assert hits(printed + files + page) == []
 
 
 @pytest.mark.parametrize("debug", [(), ("--debug",)], ids=["", "debug"])

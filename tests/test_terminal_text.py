@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hostile_texts import BEL, ESC
+from hostile_texts import TERMINAL as PAYLOADS
 from rich.console import Console
 
 import gemma_grpo.cli
@@ -19,23 +21,6 @@ from gemma_grpo.cli.printing import complain, say
 from gemma_grpo.cli.training import plan_lines
 from gemma_grpo.monitor.terminal import ProgressView
 from gemma_grpo.types import Completion, Message, Prompt, RolloutGroup, ScoredGroup, StepRecord
-
-ESC, BEL, ST, CSI, OSC = "\x1b", "\x07", "\x1b\\", "\x9b", "\x9d"
-PAYLOADS = [
-    # OSC: titles, links that say one place and lead to another, the clipboard, colours, notifications
-    *(f"{ESC}]0;owned{BEL}", f"{ESC}]2;owned{ST}", f"{ESC}]8;;https://evil{ST}https://good{ESC}]8;;{ST}", f"{ESC}]8;id=1;file:///etc{BEL}x"),
-    *(f"{ESC}]52;c;cm0gLXJmIH4K{BEL}", f"{ESC}]52;p;?{ST}", f"{OSC}52;c;eA==\x9c", f"{ESC}]4;1;?{BEL}", f"{ESC}]9;hello{BEL}"),
-    *(f"{ESC}]777;notify;a;b{BEL}", f"{ESC}]1337;File=inline=1:AAAA{BEL}", f"{ESC}]50;SetProfile=x{BEL}", f"{ESC}]104{ST}"),
-    # CSI: clear, move, colour, hide, scroll back, ask for a report that is typed as input
-    *(f"{ESC}[2J{ESC}[H", f"{ESC}[3J", f"{ESC}[31mred{ESC}[0m", f"{ESC}[8mhidden{ESC}[28m", f"{ESC}[1A{ESC}[2K", f"{ESC}[6n", f"{ESC}[c"),
-    *(f"{ESC}[?1049h", f"{ESC}[?25l", f"{ESC}[?1000h", f"{ESC}[5i", f"{ESC}[20t", f"{ESC}[200~rm{ESC}[201~", f"{CSI}2J", f"{CSI}31m"),
-    # other escapes and device control strings
-    *(f"{ESC}c", f"{ESC}7{ESC}8", f"{ESC}(0", f"{ESC}P$q\"p{ST}", f"{ESC}_Gf=100;AAAA{ST}", f"{ESC}^x{ST}", f"{ESC}X{ST}", f"{ESC}"),
-    # lone controls: back over what was printed, ring, shift, break a line
-    *("ok\rerror", "abc\b\b\bxyz", "\x07\x07", "\x0e\x0f", "a\x0bb\x0cc", "\x00", "\x7f", "\x85", "\x90\x9e\x9f", "\x1a\x04"),
-    # what reorders or hides
-    *("\u202egnp.exe", "\u2066a\u2069", "\u200bzero\u2060width\ufeff", "\U000e0041\U000e0042", "pass\u200cword", "\u2028\u2029"),
-]
 
 
 def test_there_are_fifty_payloads() -> None:

@@ -5,6 +5,7 @@ Reads the lines of metrics.jsonl and witnesses.jsonl; draws by charts.py. The re
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -78,9 +79,18 @@ _LOOKS = {
 _WATCHED = tuple(Panel(name, *texts, watched=True) for name, texts in _LOOKS.items())
 
 
+_PART = "rewards/"
+_CHARTED = {sys.intern(name) for panel in _TRAINING for name in (panel.metric, panel.spread) if name} | {"step"}
+
+
+def charted(line: Record) -> Record:
+    """What charts need of a line of metrics.jsonl: a long run's lines are kept, and hold much else."""
+    return {sys.intern(name): value for name, value in line.items() if name in _CHARTED or name.startswith(_PART)}
+
+
 def training_panels(metrics: Sequence[Record]) -> list[Panel]:
     """Those that any step has a number for; the parts of the reward too, where it has several."""
-    parts = sorted({name for line in metrics for name in line if name.startswith("rewards/") and name.endswith("/mean")})
+    parts = sorted({name for line in metrics for name in line if name.startswith(_PART) and name.endswith("/mean")})
     panels = list(_TRAINING)
     if len(parts) > 1:
         panels[1:1] = [

@@ -6,7 +6,7 @@ the playground's questions and votes (playground.py), which guard.py lets in und
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from functools import cache
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -45,7 +45,7 @@ class Page:
     def __init__(self, found: runs.Runs, token: str) -> None:
         self.runs, self.curves, self.token = found, Curves(), token
         self._playground: Playground | None = None
-        self.streams = 0
+        self.streams = stream.Streams()
         self._readers: anyio.CapacityLimiter | None = None
 
     def close(self) -> None:
@@ -115,25 +115,17 @@ class Page:
         return Json(await self._read(lambda: runs.summary(path, self.curves.lines(path).looks)))
 
     async def progress(self, request: Request) -> Response:
-        """What is new after a byte of metrics.jsonl."""
+        """How far a run has come since a byte of metrics.jsonl."""
         path = await self._run(request)
-        return Json(await self._read(stream.progress, path, _whole(request, "after", 0)))
+        return Json(stream.since(await self._read(stream.progress, path), _whole(request, "after", 0)))
 
     async def events(self, request: Request) -> Response:
         """The same as it happens."""
         path = await self._run(request)
         offset = _number(request.headers.get("last-event-id") or request.query_params.get("after") or "0", "after")
-        if self.streams >= stream.MOST_STREAMS:
+        if self.streams.open >= stream.MOST_STREAMS:
             raise HTTPException(503, "Too many pages are open on this server. Close one.", {"retry-after": "10"})
-        return EventSourceResponse(self._counted(stream.events(path, offset)), ping=15)
-
-    async def _counted(self, told: AsyncIterator[dict[str, str]]) -> AsyncIterator[dict[str, str]]:
-        self.streams += 1
-        try:
-            async for event in told:
-                yield event
-        finally:
-            self.streams -= 1
+        return EventSourceResponse(self.streams.events(path, offset), ping=15)
 
     async def groups(self, request: Request) -> Response:
         """The groups of a step."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma_grpo.monitor.run_charts import Lines, Panel, draw, training_panels, watched_panels
+from gemma_grpo.monitor.run_charts import Lines, Panel, charted, draw, training_panels, watched_panels
 from gemma_grpo.monitor.run_files import Record
 from gemma_grpo.monitor.web.logs import WHOLE, lines_after, size, spread_lines
 from gemma_grpo.run_layout import LOOKS, METRICS
@@ -64,13 +64,13 @@ def _without_replies(look: Record) -> Record:
 class _Read:
     """What was read of one run."""
 
-    metrics: _Grown = field(default_factory=lambda: _Grown(dict))
+    metrics: _Grown = field(default_factory=lambda: _Grown(charted))
     looks: _Grown = field(default_factory=lambda: _Grown(_without_replies))
 
     def lines(self, path: Path) -> Lines:
         log = path / METRICS
-        long = size(log) > WHOLE
-        return Lines(path.name, spread_lines(log, POINTS) if long else self.metrics.up_to_date(log), self.looks.up_to_date(path / LOOKS))
+        metrics = list(map(charted, spread_lines(log, POINTS))) if size(log) > WHOLE else self.metrics.up_to_date(log)
+        return Lines(path.name, metrics, self.looks.up_to_date(path / LOOKS))
 
 
 @dataclass(slots=True)

@@ -78,10 +78,10 @@ def last_line(path: Path) -> Record:
     return {}
 
 
-def spread_lines(path: Path, count: int) -> list[Record]:
-    """All lines of a short log; of a long one about `count`, evenly over its bytes, the last among them."""
+def spread_lines(path: Path, count: int, *, whole: int = WHOLE) -> list[Record]:
+    """All lines of a log of up to `whole` bytes; of a longer one about `count`, evenly over its bytes, the last among them."""
     total = size(path)
-    if total <= WHOLE:
+    if total <= whole:
         return lines_after(path, 0, total).lines
     with _opened(path) as log:
         starts = sorted({line_start(log, total * n // count) for n in range(count)}) if log else []

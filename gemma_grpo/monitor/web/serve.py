@@ -76,11 +76,23 @@ def is_loopback(host: str) -> bool:
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's HTTP, but a connection that has not asked for anything, or not to its end, is closed in PATIENCE seconds."""
+    """uvicorn's HTTP, but a connection that has not asked for anything, or not to its end, is closed in PATIENCE seconds.
+
+    Where there are MOST_CONNECTIONS, a new one takes the place of the one that has been silent longest.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        if len(self.connections) >= MOST_CONNECTIONS - 1:  # uvicorn answers 503 from MOST_CONNECTIONS on
+            silent = [other for other in self.connections if isinstance(other, _Protocol) and other.cycle is None]
+            if silent:
+                min(silent, key=lambda other: other._wait.when()).put_out()
         super().connection_made(transport)
         self._wait = self.loop.call_later(PATIENCE, self._give_up)
+
+    def put_out(self) -> None:
+        """Close it, and count it no more."""
+        self.connections.discard(self)
+        self.transport.abort()
 
     def _give_up(self) -> None:
         answering = self.cycle is not None and not self.cycle.response_complete

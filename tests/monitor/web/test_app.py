@@ -12,14 +12,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from page_server import TOKEN, Server
-from written_runs import RECIPE, group, write_run, write_step
+from written_runs import RECIPE, group, look, write_run, write_step
 
 from gemma_grpo.monitor.events import RunDirectory
 from gemma_grpo.monitor.web.groups import PAGE
-from gemma_grpo.monitor.web.stream import progress
 from gemma_grpo.types import StepRecord
 
 
@@ -143,23 +143,31 @@ def live_run(path: Path) -> RunDirectory:
     return RunDirectory.create(path, RECIPE.format(seed=0), {"status": "running", "started": time.time(), "total_steps": 9})
 
 
-def test_progress_tells_every_step_once_and_a_cut_log(tmp_path: Path) -> None:
+def test_progress_tells_how_far_a_run_has_come_and_a_cut_log(tmp_path: Path) -> None:
     with live_run(tmp_path / "run") as run:
-        for step in (1, 2):
-            write_step(run, step)
+        server = Server(tmp_path)
+
+        def told(after: int) -> dict[str, Any]:
+            found: dict[str, Any] = server.ask(f"/api/runs/run/progress?after={after}").json
+            assert found["sizes"] == {
+                name: (run.path / name).stat().st_size for name in ("metrics.jsonl", "witnesses.jsonl", "events.jsonl")
+            }
+            return found
+
+        run.append_look(look(0))
+        write_step(run, 1)
         offsets = run.offsets()
-        first = progress(run.path, 0)
-        assert ([line["step"] for line in first["steps"]], first["reset"], first["status"]) == ([1, 2], False, "running")
-        write_step(run, 3)
-        second = progress(run.path, first["offset"])
-        assert [line["step"] for line in second["steps"]] == [3]
-        assert progress(run.path, second["offset"])["steps"] == []
+        assert (told(0)["status"], told(0)["reset"]) == ("running", False)
+        write_step(run, 2)
+        known = told(offsets["metrics.jsonl"])["sizes"]["metrics.jsonl"]
+        assert known > offsets["metrics.jsonl"]
+        assert not told(known)["reset"]
         run.truncate(offsets)  # as a resume does
-        cut = progress(run.path, second["offset"])
-        assert (cut["reset"], [line["step"] for line in cut["steps"]]) == (True, [1, 2])
+        assert told(known)["reset"]
+        server.stop()
 
 
-def test_the_stream_goes_on_where_a_browser_left_off(tmp_path: Path) -> None:
+def test_the_stream_tells_what_is_new_and_a_browser_that_comes_back_that_the_log_was_cut(tmp_path: Path) -> None:
     with live_run(tmp_path / "run") as run:
         write_step(run, 1)
         server = Server(tmp_path)
@@ -170,23 +178,28 @@ def test_the_stream_goes_on_where_a_browser_left_off(tmp_path: Path) -> None:
             talk.sendall(f"{head}{last}\r\n".encode())
             return talk
 
-        def next_event(talk: socket.socket) -> tuple[str, dict[str, object]]:
+        def next_event(talk: socket.socket) -> tuple[str, dict[str, Any]]:
             text = b""
             while not (match := re.search(rb"id: (\d+)\r\nevent: progress\r\ndata: (.*?)\r\n\r\n", text)):
                 text += talk.recv(65536)
             return match[1].decode(), json.loads(match[2])
 
+        def size() -> int:
+            return (run.path / "metrics.jsonl").stat().st_size
+
         talk = events("")
-        place, told = next_event(talk)
-        assert [line["step"] for line in told["steps"]] == [1]  # type: ignore[attr-defined]
+        place, told = next_event(talk)  # where it stands comes at once
+        assert (int(place), told["sizes"]["metrics.jsonl"], told["reset"]) == (size(), size(), False)
+        offsets = run.offsets()
         write_step(run, 2)
         place, told = next_event(talk)
-        assert [line["step"] for line in told["steps"]] == [2]  # type: ignore[attr-defined]
+        assert (int(place), told["reset"]) == (size(), False)
+        run.truncate(offsets)
+        _, told = next_event(talk)
+        assert told["reset"]
         talk.close()
-        write_step(run, 3)
-        write_step(run, 4)
         _, told = next_event(events(f"Last-Event-ID: {place}\r\n"))
-        assert [line["step"] for line in told["steps"]] == [3, 4]  # type: ignore[attr-defined]
+        assert told["reset"]
         server.stop()
 
 

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import quote
 
 import pytest
+from hostile_requests import FOREIGN, METHODS, foreign_hosts, names_that_lead_out
 from page_server import TOKEN, Server
 from written_runs import write_run
 
@@ -79,44 +79,6 @@ def test_the_token_in_the_address_of_the_page_alone_gives_the_cookie(server: Ser
         assert server.ask(path, known=False).status == 403, path
 
 
-def foreign_hosts(port: int) -> list[str]:
-    names = [
-        "evil.com",
-        "127.0.0.1.evil.com",
-        "localhost.evil.com",
-        "evil.com#127.0.0.1",
-        "evil.com@127.0.0.1",
-        "127.0.0.2",
-        "0.0.0.0",
-        "0",
-    ]
-    names += [
-        "127.1",
-        "2130706433",
-        "0x7f000001",
-        "017700000001",
-        "[::ffff:127.0.0.1]",
-        "[::]",
-        "::1",
-        "localhost.",
-        "localhost%00",
-        " ",
-        "",
-    ]
-    names += ["127.0.0.1 evil.com", "xn--localhost-", "LOCALHOST.EVIL.COM", "[fe80::1]", "127.0.0.1,evil.com", "*", "null", "localhost/"]
-    own = [
-        f"127.0.0.1:{port + 1}",
-        "127.0.0.1",
-        "localhost",
-        "[::1]",
-        f"127.0.0.1:{port}0",
-        f"127.0.0.1:0{port}",
-        f"localhost:{port}:80",
-        "localhost:80",
-    ]
-    return [*own, *names, *(f"{name}:{port}" for name in names)]
-
-
 def test_only_its_own_names_reach_the_server(server: Server) -> None:
     for host in (f"127.0.0.1:{server.port}", f"localhost:{server.port}", f"LocalHost:{server.port}", f"[::1]:{server.port}"):
         assert server.ask("/api/runs", headers={"Host": host}).status == 200, host
@@ -132,22 +94,11 @@ def test_only_its_own_names_reach_the_server(server: Server) -> None:
     assert server.raw(b"GET / HTTP/1.0\r\n\r\n").split(b" ", 2)[1] in (b"400", b"421")
 
 
-METHODS = ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT", "PROPFIND", "QUERY", "get", "FOO"]
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_but_reading_is_served(server: Server, method: str) -> None:
     for path in ("/", "/api/runs", "/api/runs/one", "/report/one"):
         answer = server.ask(path, method=method, headers={"Content-Type": "application/json", "Content-Length": "0"})
         assert answer.status in (400, 405), path
-
-
-FOREIGN = [
-    *({"Origin": origin} for origin in ("null", "http://evil.com", "http://localhost", "https://localhost.evil.com", "file://", "http://127.0.0.1:1")),
-    *({"Sec-Fetch-Site": site} for site in ("cross-site", "same-site", "anything")),
-    {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "iframe"},
-    {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "script", "Sec-Fetch-Mode": "no-cors"},
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("headers", FOREIGN, ids=str)
@@ -160,39 +111,6 @@ def test_whoever_follows_a_link_from_elsewhere_sees_the_page(server: Server) -> 
     followed = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "document", "Sec-Fetch-Mode": "navigate"}
     assert server.ask(f"/?token={TOKEN}", headers=followed, known=False).status == 200
     assert server.ask("/api/runs", headers=followed).status == 403
-
-
-UPWARDS = r".. ../ ../outside/secret ..%2f..%2fetc%2fpasswd %2e%2e%2f %252e%252e%252f ..\ ..%5c %c0%ae%c0%ae/ .%00./".split()  # noqa: SIM905
-ROOTS = r"/etc/passwd //etc/passwd C:\Windows C:/Windows \\host\share file:///etc/passwd ~ ~root $HOME %2fetc%2fpasswd".split()  # noqa: SIM905
-DEVICES = "CON NUL COM1 aux.txt . ... .git .lock one/ one/. one/.. one/../two one/recipe.yaml ./one".split()  # noqa: SIM905
-ODD = [
-    "\u2024\u2024",
-    "\uff0e\uff0e\uff0f",
-    "one\u200b",
-    "ONE",
-    "one ",
-    " one",
-    "one\0",
-    "a" * 300,
-    "%",
-    "%%",
-    "%zz",
-    "one%00.json",
-    "*",
-    "?",
-    "link",
-]
-
-
-def names_that_lead_out() -> list[str]:
-    """Of runs, were a name a path."""
-    mixed = [
-        *(f"one/{up}" for up in UPWARDS),
-        *(f"{up}/one" for up in UPWARDS),
-        *(f"one{up}" for up in UPWARDS),
-        *(f"two{up}" for up in UPWARDS),
-    ]
-    return [*UPWARDS, *ROOTS, *DEVICES, *ODD, "linked", "[o]ne", *mixed]
 
 
 OPENING = """
@@ -232,7 +150,7 @@ def test_no_name_leads_out_of_the_folder(server: Server, tmp_path: Path) -> None
     write_run(root / "one", 1)
     write_run(tmp_path / "secret", 1)
     (root / "link").symlink_to(tmp_path / "secret")
-    wanted = [quote(name, safe="/%") if safe else quote(name, safe="") for name in names_that_lead_out() for safe in (True, False)]
+    wanted = names_that_lead_out()
     shapes = ["/api/runs/{}", "/report/{}", "/api/runs/{}/groups", "/static/{}", "/api/chart?run={}&key=reward", "/api/compare?run={}"]
     paths = [shapes[n % len(shapes)].format(name) for n, name in enumerate(wanted)] + [shapes[0].format(name) for name in wanted]
     assert len(paths) >= 200

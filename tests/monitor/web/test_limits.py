@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import resource
 import socket
 import time
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from hostile_requests import NUMBERS, broken_requests
 from page_server import TOKEN, Server
 from written_runs import write_run
 
@@ -24,9 +27,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     found = Server(root)
     yield found
     found.stop()
-
-
-NUMBERS = ["-1", "1.5", "1e3", "NaN", "", " ", "0x10", "\u0661", "9" * 16, "1_0", "true", "null", "1;2", "'", "%00"]
 
 
 def test_numbers_that_are_none_are_refused_and_large_ones_answered(server: Server) -> None:
@@ -44,25 +44,40 @@ def test_numbers_that_are_none_are_refused_and_large_ones_answered(server: Serve
 
 
 def test_broken_requests_are_refused_and_the_server_lives(server: Server) -> None:
-    host = f"Host: localhost:{server.port}\r\n"
-    broken = [
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-        b"GET / HTTP/9.9\r\n\r\n",
-        b"\0" * 100 + b"\r\n\r\n",
-        f"GET / HTTP/1.1\r\n{host}X: {'a' * 2**20}\r\n\r\n".encode(),
-        f"GET / HTTP/1.1\r\n{host}Content-Length: -1\r\n\r\n".encode(),
-        f"GET / HTTP/1.1\r\n{host}Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode(),
-        f"POST / HTTP/1.1\r\n{host}Transfer-Encoding: chunked\r\n\r\nZZ\r\n".encode(),
-        f"GET / HTTP/1.1\r\n{host} folded: x\r\n\r\n".encode(),
-        b"GET http://evil.com/ HTTP/1.1\r\nHost: evil.com\r\n\r\n",
-    ]
-    for content in broken:
+    for content in broken_requests(server.port):
         try:
-            answer = server.raw(content)
+            answer = server.raw(content, wait=0.5)
         except (ConnectionResetError, BrokenPipeError):
             continue
-        assert answer == b"" or int(answer.split(b" ", 2)[1]) in (400, 403, 405, 421, 431), content[:60]
+        statuses = [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", answer)]
+        assert set(statuses) <= {400, 403, 405, 413, 414, 421, 431}, (content[:80], statuses)
+        assert len(answer) < 5000, content[:80]
     assert server.ask("/api/runs").status == 200
+
+
+def test_a_head_of_ten_megabytes_is_not_kept(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as talk, suppress(ConnectionError):
+        talk.sendall(f"GET / HTTP/1.1\r\nHost: localhost:{server.port}\r\n".encode())
+        for _ in range(160):
+            talk.sendall(b"X: " + b"a" * 65530 + b"\r\n")
+        pytest.fail("ten megabytes of headers were taken")
+    assert server.ask("/api/runs").status == 200
+
+
+def test_a_thousand_connections_that_say_nothing_shut_nobody_out(server: Server) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+    talks = []
+    try:
+        for count in range(1, 1001):
+            talks.append(socket.create_connection(("127.0.0.1", server.port), timeout=10))
+            if count % 250 == 0:
+                assert server.ask("/api/runs").status == 200
+        assert len(server.server.server_state.connections) <= serve.MOST_CONNECTIONS
+    finally:
+        for talk in talks:
+            talk.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_who_says_nothing_or_does_not_end_is_put_out(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import JUDGED, TinyRun
+from hostile_requests import REFUSED_POSTS
 from page_server import TOKEN, Server
 
 from gemma_grpo.grpo.playing import Player
@@ -150,20 +151,7 @@ def test_what_cannot_be_asked_is_refused_in_words(server: Server) -> None:
     assert post(server, "votes", {"pair": "nonsense", "choice": "tie"}).status == 409
 
 
-REFUSED = [
-    ({"Origin": None}, 403),
-    *(({"Origin": origin}, 403) for origin in ("null", "http://evil.com", "http://localhost", "http://127.0.0.1.evil.com:80", "")),
-    *(({"Content_Type": kind}, 415) for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "")),
-    ({"Content_Type": None}, 415),
-    *(({"X_Page_Token": token}, 403) for token in (None, "", "x", TOKEN, page_token("another"))),
-    ({"Cookie": None}, 403),
-    ({"Sec_Fetch_Site": "cross-site"}, 403),
-    ({"Sec_Fetch_Site": "same-site"}, 403),
-    ({"Content_Length": "70000"}, 413),
-]
-
-
-@pytest.mark.parametrize(("headers", "status"), REFUSED, ids=str)
+@pytest.mark.parametrize(("headers", "status"), REFUSED_POSTS, ids=str)
 @pytest.mark.parametrize("what", ["play", "votes"])
 def test_no_other_site_makes_it_answer_or_vote(server: Server, what: str, headers: dict[str, str | None], status: int) -> None:
     assert post(server, what, {"messages": ASKED}, **headers).status == status

@@ -43,7 +43,7 @@ class Line {
   }
 
   take(told) {
-    this.offset = told.offset;
+    this.offset = told.sizes["metrics.jsonl"];
     this.heard(told);
   }
 
