@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from markupsafe import Markup
@@ -79,6 +79,8 @@ _LOOKS = {
 _WATCHED = tuple(Panel(name, *texts, watched=True) for name, texts in _LOOKS.items())
 
 
+MOST_BANDS = 2
+"""Runs in one chart whose bands can still be told apart."""
 _PART = "rewards/"
 _CHARTED = {sys.intern(name) for panel in _TRAINING for name in (panel.metric, panel.spread) if name} | {"step"}
 
@@ -109,6 +111,8 @@ def draw(panel: Panel, runs: Sequence[Lines], *, hover: bool = False) -> Chart:
     """The curve of one number, a line for each run; alarms marked where it is a look's. With `hover` it holds the numbers, too."""
     from gemma_grpo.monitor.charts import Chart, curve  # matplotlib: not for who only asks which charts there are
 
+    if len(runs) > MOST_BANDS:
+        panel = replace(panel, spread="")
     series = [_series(panel, run, label=run.name if len(runs) > 1 else panel.title) for run in runs]
     marks = sorted({place for run in runs for place, _ in alarm_marks(run.looks)}) if panel.watched else []
     svg = curve(series, panel.title, panel.unit, marks=marks, hover=hover)

@@ -193,7 +193,7 @@ def server(found: Runs, *, hosts: Sequence[str], token: str, port: int) -> uvico
         http=_Protocol,
         ws="none",
         lifespan="off",
-        log_level="warning",
+        log_level="error",  # what strangers send that is no HTTP is theirs, and no line of this terminal
         access_log=False,  # addresses hold the token
         server_header=False,
         limit_concurrency=MOST_CONNECTIONS,
