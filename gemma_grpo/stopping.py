@@ -38,12 +38,18 @@ def heard_signals() -> list[signal.Signals]:
     return [number for number in SIGNALS if number in SIGNALS[:2] or signal.getsignal(number) != signal.SIG_IGN]
 
 
-def check() -> None:
-    """Raise Stopped if the run was asked to stop. To be called between pieces of work: after each token, each micro-batch."""
+def requested() -> str | None:
+    """Why the run was asked to stop; None where it was not."""
     if _request.reason is None and _request.deadline is not None and time.monotonic() >= _request.deadline:
         _request.reason = "because its time is up (max_minutes)"
-    if _request.reason is not None:
-        raise Stopped(_request.reason)
+    return _request.reason
+
+
+def check() -> None:
+    """Raise Stopped if the run was asked to stop. To be called between pieces of work: after each token, each micro-batch."""
+    reason = requested()
+    if reason is not None:
+        raise Stopped(reason)
 
 
 @contextmanager

@@ -57,6 +57,12 @@ def current() -> str:
     return phases[-1].name if phases else ""
 
 
+def detail() -> str:
+    """What the innermost phase works with; empty between phases."""
+    phases = _state.phases
+    return phases[-1].detail if phases else ""
+
+
 @contextmanager
 def phase(name: str, detail: str = "") -> Iterator[None]:
     """What is done inside is one phase; `detail` says what with, such as the prompts' ids."""

@@ -33,11 +33,14 @@ ROWS: dict[str, float] = {
     "grpo.control": 1,
     "rollout.sampling": 1,
     "distributed": 1,
+    "launched": -0.5,
+    "launcher": 6,
     "data": 2,
     "model": 2.5,  # on data's batches and control tokens, never the other way round
     "checkpoint": 3,
     "monitor.events": 3,
     "monitor.durable": 3,
+    "monitor.shadow": 3,
     "planner": 3,
     "reward": 4,
     "rollout": 4,
@@ -50,6 +53,7 @@ ROWS: dict[str, float] = {
     "miniature": 5,
     "grpo": 6,
     "cli": 7,
+    "__main__": 7.5,
     "monitor": ASIDE,  # terminal, charts, report: they read a run directory, never a trainer
 }
 """Longest prefix counts. A file imports from rows above its own, and inside its row only from its own folder."""
@@ -59,7 +63,7 @@ HOMES = {
     "pydantic": ("config", "monitor.web"),
     "yaml": ("config",),
     "typer": ("cli",),
-    "torch.distributed": ("distributed",),
+    "torch.distributed": ("distributed", "launcher"),
     "transformers": ("data", "model"),
     "peft": ("model",),
     "datasets": ("data",),

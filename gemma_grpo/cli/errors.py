@@ -15,6 +15,7 @@ from gemma_grpo.access import AccessError
 from gemma_grpo.cli.printing import complain, say
 from gemma_grpo.config import ConfigError
 from gemma_grpo.escapes import printable
+from gemma_grpo.launched import is_first
 from gemma_grpo.redact import redact
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -76,6 +77,8 @@ def explained(error: BaseException) -> str:
 
 def report(error: BaseException, *, debug: bool) -> Exit:
     """Print the error to stderr, with its trace when debugging; what the process shall end with."""
+    if not is_first() and "RankError" in _names(error):
+        return exit_code(error)  # of another rank, which says it itself
     if debug:
         complain("".join(traceback.format_exception(error)).rstrip("\n"))
     if "NoArgsIsHelpError" in _names(error):

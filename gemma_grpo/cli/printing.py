@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 
 from gemma_grpo.escapes import VisibleStream, visible
+from gemma_grpo.launched import is_first
 from gemma_grpo.redact import redact
 
 
 def say(*lines: str, end: str = "\n", flush: bool = False) -> None:
-    """Print to stdout."""
-    print(visible(redact("\n".join(lines))), end=end, flush=flush)
+    """Print to stdout; of several ranks the first alone."""
+    if is_first():
+        print(visible(redact("\n".join(lines))), end=end, flush=flush)
 
 
 def say_data(text: str) -> None:

@@ -13,9 +13,11 @@ from gemma_grpo.cards import present_card
 from gemma_grpo.cli.allowing import AllowCode, CodeHash, allowed_code
 from gemma_grpo.cli.compare import baseline_lines
 from gemma_grpo.cli.printing import say
+from gemma_grpo.cli.ranks import start_ranks
 from gemma_grpo.cli.summary import evaluation_lines, read_calibration, reward_lines, task_lines
 from gemma_grpo.config import GRPOConfig, load_recipe, parse_overrides
 from gemma_grpo.escapes import printable
+from gemma_grpo.launched import is_first, world_size
 from gemma_grpo.planner import PreflightError, find_shape, plan_run
 
 if TYPE_CHECKING:
@@ -37,24 +39,30 @@ def train(
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time goes, beside what this machine could do.")] = False,
     allow_code: AllowCode = None,
     code_sha256: CodeHash = None,
-) -> None:
+) -> int:
     """Train a policy: the reward adapter first if there is none, then GRPO, then before and after on held-out prompts."""
     if dry_run and profile:
         raise ValueError("--dry-run makes no step, so there is nothing to profile. Leave one of the two out.")
-    output = load_recipe(recipe, parse_overrides(overrides or [], recipe)).output_dir
+    config = load_recipe(recipe, parse_overrides(overrides or [], recipe))
+    if config.gpus > 1 and world_size() == 1 and not dry_run:
+        return start_ranks(config)
+    output = config.output_dir
     goes_on = resume or (output is not None and (Path(output) / "recipe.yaml").is_file())
     code = allowed_code(allow_code, code_sha256, Path(output) if goes_on and output else None)
     trainer = _trainer(recipe, overrides, check_fit=not (force or goes_on), code=code)
     if dry_run:
         say(*plan_lines(trainer.dry_run(force=force)))
-        return
+        return 0
 
     from gemma_grpo.monitor.report import write_report
 
     evaluation = trainer.train(resume_from_checkpoint=goes_on, force=force, profile=profile)
+    if not is_first():
+        return 0
     path = write_report(trainer.run_dir)
     say("", *reward_lines(read_calibration(trainer.run_dir)), *evaluation_lines(evaluation))
     say(f"adapter: {trainer.run_dir / 'adapter'}\nreport:  {path}")
+    return 0
 
 
 def train_reward(

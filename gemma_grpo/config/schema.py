@@ -27,12 +27,7 @@ class Stage(BaseModel):
     # hide_input_in_errors: pydantic's own text would quote a secret that was given by mistake
     # allow_inf_nan: no setting means anything without a size, and a recipe writes .inf as a text that it reads back as a tag
     model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-        hide_input_in_errors=True,
-        allow_inf_nan=False,
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), hide_input_in_errors=True, allow_inf_nan=False
     )
 
 
@@ -248,6 +243,15 @@ class WatchdogSettings(Stage):
     """No line before so many seconds; ten times as many for a phase whose usual length is not known yet."""
 
 
+class RanksSettings(Stage):
+    """How several processes work on one run. None of it changes what is computed."""
+
+    timeout_seconds: Positive = 600.0
+    """How much later than the others a rank may have done its share before it is given up."""
+    max_restarts: Whole = 0
+    """Times that all are started again after one has failed, to go on from the last checkpoint."""
+
+
 class DataSettings(Stage):
     """Which rows, and how they are parted."""
 
@@ -300,6 +304,8 @@ class GRPOConfig(Stage):
     """Stop after so many rollout batches, whatever epochs says."""
     max_minutes: Positive | None = None
     """Stop in time, with a checkpoint to go on from (exit code 75): a session that will be ended, or a slot of a cluster."""
+    gpus: Count = 1
+    """Processes that share the run on this machine, each with a GPU of its own (with a CPU core where there is none)."""
     num_generations: Annotated[int, Field(ge=2, lt=TOO_MANY)] = 8
     """Completions per prompt (G); a group needs at least 2 to have a baseline."""
     planning_steps: Count = 2
@@ -333,6 +339,7 @@ class GRPOConfig(Stage):
     reward_function: RewardFunctionSettings = RewardFunctionSettings()
     memory: MemorySettings = MemorySettings()
     watchdog: WatchdogSettings = WatchdogSettings()
+    ranks: RanksSettings = RanksSettings()
     data: DataSettings = DataSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from gemma_grpo import distributed
 from gemma_grpo.config import GRPOConfig
 from gemma_grpo.data.batch import pad_rollouts
 from gemma_grpo.data.chat import reply_ids
@@ -248,8 +249,8 @@ def _preferred(scorers: Scorers, prompts: Sequence[Prompt], model: Gemma) -> dic
 
 
 def sample_in_chunks(engine: RolloutEngine, prompts: Sequence[Prompt], params: SamplingParams, rows: int) -> list[RolloutGroup]:
-    """Sample any number of prompts with at most about `rows` completions at a time."""
-    size = max(1, rows // params.num_generations)
+    """Sample any number of prompts with at most about `rows` completions at a time on each rank."""
+    size = max(1, rows * distributed.world() // params.num_generations)
     return [group for start in range(0, len(prompts), size) for group in engine.sample(prompts[start : start + size], params)]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma_grpo import watchdog
+from gemma_grpo import distributed, watchdog
 from gemma_grpo.checkpoint import ROLLOUT, Checkpoint, CheckpointError, latest_checkpoint, save_checkpoint, sweep
 from gemma_grpo.config import GRPOConfig
 from gemma_grpo.disk import DISK
@@ -38,7 +38,10 @@ class Keeper:
         """Finished steps in the last checkpoint."""
 
     def save(self, step: int, under_way: StepUnderWay | None = None) -> Path:
-        """A checkpoint of `step` finished steps, and of the next one as far as it has come. Raises CheckpointError."""
+        """A checkpoint of `step` finished steps, and of the next one as far as it has come; by rank 0 alone. Raises CheckpointError."""
+        if not distributed.is_main():
+            self.saved_step = step
+            return self.run.checkpoints
         stepper, started = self.stepper, time.perf_counter()
         with watchdog.phase("saving", f"step {step}"):
             optimizer, controllers = stepper.updater.state()
@@ -143,6 +146,8 @@ class RewardKeeper:
         self.warn(f"the training of {self.adapter!r} goes on after update {training.made} of {training.updates}")
 
     def _save(self, training: RewardTraining) -> None:
+        if not distributed.is_main():
+            return
         with watchdog.phase("saving", f"update {training.made} of {self.adapter}"):
             optimizer, controllers = training.state()
             adapters = {self.adapter: training.scorer.model.adapter_files(self.adapter)}

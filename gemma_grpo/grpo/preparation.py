@@ -5,6 +5,7 @@ Owns that order, and the run's outcome whatever happens. What is done with it al
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gemma_grpo import watchdog
+from gemma_grpo import distributed, watchdog
 from gemma_grpo.config import GRPOConfig, dump_recipe
 from gemma_grpo.grpo import preflight, resuming
 from gemma_grpo.grpo.beside import device_record
@@ -23,10 +24,12 @@ from gemma_grpo.grpo.update import PolicyUpdater
 from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.model.memory import TokenBudget
 from gemma_grpo.monitor.events import RunDirectory
+from gemma_grpo.monitor.shadow import ShadowRun
 from gemma_grpo.monitor.terminal import ProgressView
 from gemma_grpo.planner import Plan
 from gemma_grpo.profile.recorder import Profiler
 from gemma_grpo.rollout.local import LocalEngine
+from gemma_grpo.rollout.shared import SharedEngine
 from gemma_grpo.shapes import known_shapes
 from gemma_grpo.stopping import interruptible, listening
 
@@ -72,6 +75,20 @@ class Preparation:
         return self.run.path
 
     @contextmanager
+    def _taking_part(self) -> Iterator[None]:
+        """As one of the ranks that a launcher started, or alone. Raises ValueError where there are more ranks than work."""
+        with distributed.joined(self.config.ranks.timeout_seconds):
+            prompts = self.config.prompts_per_step
+            if distributed.world() > prompts:
+                raise ValueError(
+                    f"a step has {prompts} prompts (batch_size x gradient_accumulation_steps), and there are {distributed.world()} ranks: "
+                    f"some would have nothing to do. Start at most {prompts}, or raise gradient_accumulation_steps."
+                )
+            if not distributed.is_main():
+                self.view = ProgressView.silent()
+            yield
+
+    @contextmanager
     def _running(self, *, resume: bool, force: bool) -> Iterator[None]:
         """Everything a run needs, in the order in which it can fail cheaply; the outcome in run.json whatever happens."""
         self._check_may_run()  # before anything that would write its outcome: a run that is over stays what it is
@@ -84,6 +101,8 @@ class Preparation:
                     else:
                         self._reopen()
                     self._prepare(force=force)
+                distributed.agree(resuming.fingerprint(self.data), "dataset")
+                distributed.agree(json.dumps(dict(self.model.checksums), sort_keys=True), "base model")
                 if resume:
                     resuming.check_data(self.run, self.data, self.config.dataset)
                 resuming.check_base(self.run, self.config.model_name, self.model.checksums)
@@ -122,10 +141,14 @@ class Preparation:
     def _open_run(self, *, resume: bool, force: bool) -> None:
         config = self.config
         self._read_rows(force=force or resume)  # a run that goes on is planned with what it recorded
+        if not distributed.is_main():
+            self._shadow_run(resume=resume, force=force)
+            return
         if resume:
             self._run, notes = resuming.opened_run(config)
             self._run.update_run(status="running", ended=None, error=None, **self.code)
             self._warn(*notes)
+            distributed.copy_from_main(self._run.path, self._run.path, resuming.files_to_go_on(self._run))
             return
         RunDirectory.check(path := preflight.run_path(config))
         self._prepare(force=force)
@@ -133,6 +156,17 @@ class Preparation:
         adapter = sum(weight.numel() * weight.element_size() for weight in self.model.adapter_parameters("policy").values())
         needed = preflight.bytes_to_write(config, adapter, 0 if self._for_reward_alone else self.total_steps)
         self._run = RunDirectory.create(path, dump_recipe(config), info, needed_bytes=needed)
+
+    def _shadow_run(self, *, resume: bool, force: bool) -> None:
+        """What `_open_run` does, on a rank that does not write."""
+        path = ShadowRun.place()
+        if resume:
+            distributed.copy_from_main(None, path, ())
+            self._run = ShadowRun.open(path)
+            return
+        self._prepare(force=force)
+        info = preflight.run_info(self.config, self.data, self.precision, self.plan())
+        self._run = ShadowRun.create(path, dump_recipe(self.config), info)
 
     def _prepare(self, *, force: bool) -> None:
         """Plan the memory, load the model, tokenise the data, lay out the steps; once."""
@@ -154,7 +188,7 @@ class Preparation:
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self.model.budget = TokenBudget(plan.token_budget)
-        self.engine = LocalEngine(self.model, plan.kv_token_budget)
+        self.engine = SharedEngine(LocalEngine(self.model, plan.kv_token_budget))
         self.data = build_training_data(rows, self.model, config)
         # a run that goes on keeps the divisor it began with, whatever its first prompts would say now
         recorded = {} if self._run is None else self._run.read_run().get("precision", {})

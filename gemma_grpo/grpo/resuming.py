@@ -22,10 +22,11 @@ from gemma_grpo.grpo.setup import TrainingData
 from gemma_grpo.model.precision import default_device
 from gemma_grpo.monitor.durable import write_atomically
 from gemma_grpo.monitor.events import RunDirectory
+from gemma_grpo.run_layout import LOOKS, METRICS
 
 MAY_CHANGE = (
-    *("epochs", "max_steps", "max_minutes", "save_steps", "keep_checkpoints"),
-    *("evaluation.num_", "memory.", "watchdog.", "reward_function.", "data.strict"),
+    *("epochs", "max_steps", "max_minutes", "save_steps", "keep_checkpoints", "gpus"),
+    *("evaluation.num_", "memory.", "watchdog.", "ranks.", "reward_function.", "data.strict"),
 )
 """Settings that leave the steps already made as they are; a dot at the end stands for a whole section."""
 
@@ -154,6 +155,19 @@ def newest_checkpoint(run: RunDirectory, warn: Callable[[str], None]) -> Checkpo
     for text in damaged:
         warn(f"{text}; using {checkpoint.path.name if checkpoint else 'none'}")
     return checkpoint
+
+
+FILES = ("recipe.yaml", "run.json", BASE, METRICS, LOOKS, "evaluation.json", "best/best.json")
+"""Of a run directory, what is read back beside checkpoints and judges."""
+
+
+def files_to_go_on(run: RunDirectory) -> list[str]:
+    """What another rank needs to go on with a run: paths within the run directory."""
+    folders = [run.reward, *(path for path in run.path.iterdir() if path.name.startswith(("reward", "witness")) and path.is_dir())]
+    newest, _ = latest_checkpoint(run.checkpoints)
+    folders += [newest.path] if newest else []
+    found = {path.relative_to(run.path).as_posix() for folder in folders if folder.is_dir() for path in folder.rglob("*") if path.is_file()}
+    return [*FILES, *sorted(found)]
 
 
 def finished_run(config: GRPOConfig) -> tuple[RunDirectory, int, dict[str, Any]] | None:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gemma_grpo import watchdog
+from gemma_grpo import distributed, watchdog
 from gemma_grpo.config import GRPOConfig
 from gemma_grpo.data.batch import GroupBatch, PolicyBatch
 from gemma_grpo.grpo.advantages import BASELINES, SCALES, flat_group_fraction, gdpo_advantages, group_advantages
@@ -143,6 +143,7 @@ def role_logprobs(model: Gemma, batch: GroupBatch, role: ModelRole, *, temperatu
     with model.role(role):
         for slot, values in model.budget.run(batch, score, doing=f"scoring with the {role}"):
             slot.put(values, logprobs)
+    distributed.sum_([logprobs], f"scoring with the {role}")
     return logprobs
 
 

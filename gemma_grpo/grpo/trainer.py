@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gemma_grpo import watchdog
+from gemma_grpo import distributed, watchdog
 from gemma_grpo.checkpoint import Checkpoint, saving
 from gemma_grpo.config import build_config, load_recipe
 from gemma_grpo.data.prompts import order
@@ -111,15 +111,21 @@ class GRPOTrainer(Preparation):
         Raises PreflightError, before anything is loaded, when the plan does not fit; `force` runs all the same. `profile` measures
         this machine and writes profile.json: where the time went, beside what the machine could do.
         """
+        with self._taking_part():
+            return self._train(bool(resume_from_checkpoint), force, profile)
+
+    def _train(self, resume_from_checkpoint: bool, force: bool, profile: bool) -> dict[str, Any]:
         started = time.perf_counter()
         if self._run is not None and resume_from_checkpoint:
             self._forget()
-        done = resuming.finished_run(self.config) if resume_from_checkpoint else None
-        if done is not None:
+        done = resuming.finished_run(self.config) if resume_from_checkpoint and distributed.is_main() else None
+        if distributed.from_main(done is not None, "looking for the run"):
+            if done is None:
+                return {}
             self._run, steps, evaluation = done
             self.view.note(f"nothing to do: {self.run.path} finished at step {steps}")
             return evaluation
-        with self._running(resume=bool(resume_from_checkpoint), force=force), self._profiled(started if profile else None):
+        with self._running(resume=resume_from_checkpoint, force=force), self._profiled(started if profile else None):
             checkpoint = resuming.newest_checkpoint(self.run, self._warn) if resume_from_checkpoint else None
             if resume_from_checkpoint and (self.run.reward / CALIBRATION).is_file():
                 self._load_reward()
@@ -140,7 +146,7 @@ class GRPOTrainer(Preparation):
         With resume_from_checkpoint the training in output_dir goes on after its last saved update; one that is over is left as it is.
         """
         self._for_reward_alone = True
-        with self._running(resume=bool(resume_from_checkpoint), force=force):
+        with self._taking_part(), self._running(resume=bool(resume_from_checkpoint), force=force):
             path = self.run.reward / CALIBRATION
             if path.is_file():
                 self._load_reward()  # so that train() on this object does not train it again

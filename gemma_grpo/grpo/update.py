@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from gemma_grpo import distributed
 from gemma_grpo.config import GRPOConfig
 from gemma_grpo.data.batch import PolicyBatch, WeightedBatch
 from gemma_grpo.grpo.control import AdaptiveBeta, AdaptiveEntropy, Controller, HardStop, Signal, SpikeGuard, StepLimit
@@ -188,7 +189,8 @@ class PolicyUpdater:
                         total += value
                 totals = {name: totals.get(name, 0.0) + value for name, value in metrics.items()}
                 slot.put(now, logprobs)
-        return gradient, {name: float(value) for name, value in totals.items()}, logprobs
+        distributed.sum_([*gradient, logprobs], "learning")
+        return gradient, distributed.sum_by_name({name: float(value) for name, value in totals.items()}, "learning"), logprobs
 
     def _token_weights(self, mask: Bool[Tensor, "N G C"]) -> Float[Tensor, "N G C"]:
         """What each token counts in the step's loss, before any cut: only bnpo looks at micro-batches, which are batch_size prompts."""
@@ -287,7 +289,7 @@ class PolicyUpdater:
     def _measured_step_kl(self, batch: PolicyBatch) -> float:
         with self.model.role("policy"):
             total = sum(kl for _, kl in self.model.budget.run(batch, self._piece_step_kl, doing="measuring the update"))
-        return total / int(batch.completion_mask.sum())
+        return distributed.sum_by_name({"kl": total}, "measuring the update")["kl"] / int(batch.completion_mask.sum())
 
     def _piece_step_kl(self, piece: PolicyBatch) -> float:
         assert piece.old_logprobs is not None

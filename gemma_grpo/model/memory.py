@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from gemma_grpo import distributed
 from gemma_grpo.data.batch import GroupBatch, Slot
 from gemma_grpo.stopping import check
 
@@ -51,9 +52,16 @@ class TokenBudget:
         A piece that runs out of memory is cut smaller and done again, so `work` must change nothing outside itself: what it
         found counts once it is yielded. Random draws of the attempt, dropout's, are taken back too. `doing` names the pass
         in errors; `whole_groups` keeps groups in one piece, where their losses need each other. Raises DoesNotFitError.
+
+        Of several ranks each does its share: what comes of it is whole once distributed.sum_ has been over it.
         """
+        with distributed.together(doing):
+            yield from self._run(batch, work, doing, whole_groups)
+        self._agree(doing)
+
+    def _run(self, batch: Batch, work: Callable[[Batch], Result], doing: str, whole_groups: bool) -> Iterator[tuple[Slot, Result]]:
         device = batch.prompt_ids.device
-        waiting = list(batch.slots(self.tokens, whole_groups=whole_groups))
+        waiting = self._own_slots(batch, whole_groups)
         while waiting:
             check()
             piece, draws = batch.piece(waiting[0]), _random_states(device)
@@ -74,6 +82,22 @@ class TokenBudget:
             _set_random_states(device, draws)
             self._halve(piece.num_tokens)
             waiting = [slot.inner(part) for slot in waiting for part in batch.piece(slot).slots(self.tokens, whole_groups=whole_groups)]
+
+    def _own_slots(self, batch: Batch, whole_groups: bool) -> list[Slot]:
+        """This rank's share of the groups, cut; all of them on one device."""
+        if distributed.world() == 1:
+            return batch.slots(self.tokens, whole_groups=whole_groups)
+        tokens = batch.prompt_mask.sum(-1) + batch.completion_mask.sum((1, 2))
+        rows = tuple(distributed.share(tokens.tolist()))
+        own = Slot(rows, tuple(range(batch.completion_ids.shape[1])))
+        return [own.inner(slot) for slot in batch.piece(own).slots(self.tokens, whole_groups=whole_groups)] if rows else []
+
+    def _agree(self, doing: str) -> None:
+        """Where memory ran out on one rank all cut smaller: what a checkpoint says of the budget is true of each."""
+        if distributed.world() > 1:
+            found = distributed.gather([self.tokens, self.halvings], doing)
+            self.tokens = min((tokens for tokens, _ in found if tokens is not None), default=None)
+            self.halvings = max(halvings for _, halvings in found)
 
     def _halve(self, failed: int) -> None:
         self.tokens = max(1, min(self.tokens or failed, failed) // 2)

@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from numbers import Real
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+from gemma_grpo import distributed
 from gemma_grpo.stopping import check
 from gemma_grpo.types import RolloutGroup
 
@@ -130,7 +131,7 @@ class RewardStack:
         for part in self.parts:
             check()
             name, reward = part.reward.name, part.reward
-            scores, skipped = reward.score_or_skip(groups) if isinstance(reward, SkippingReward) else (reward.score(groups), None)
+            scores, skipped = _shared_out(reward, groups) if isinstance(reward, SkippingReward) else (reward.score(groups), None)
             if skipped is not None:
                 skips[name] = skipped
             raw[name] = validate_scores(scores, groups, name)
@@ -139,6 +140,23 @@ class RewardStack:
         _check_totals(totals, self.weights)
         warnings = tuple(one.warning for one in skips.values() if one.warning is not None)
         return StackScores(totals, raw, {name: one.completions for name, one in skips.items()}, warnings)
+
+
+def _shared_out(reward: SkippingReward, groups: Sequence[RolloutGroup]) -> tuple[Scores, Skipped | None]:
+    """A user's function is asked once for each completion, by the rank whose share it is."""
+    doing = f"reward {reward.name}"
+    own = distributed.share([float(len(group.completions)) for group in groups])
+    if distributed.world() == 1:
+        return reward.score_or_skip(groups)
+    with distributed.together(doing):
+        scores, skipped = reward.score_or_skip([groups[n] for n in own]) if own else ([], None)
+        told = None if skipped is None else [skipped.completions, skipped.warning]
+        said = {"own": own, "scores": validate_scores(scores, [groups[n] for n in own], reward.name), "skipped": told}
+    found = distributed.gather(said, doing)
+    by_group = {n: row for one in found for n, row in zip(one["own"], one["scores"], strict=True)}
+    counts = [one["skipped"] for one in found if one["skipped"] is not None]
+    warning = next((text for _, text in counts if text is not None), None)
+    return [by_group[n] for n in range(len(groups))], Skipped(sum(count for count, _ in counts), warning) if counts else None
 
 
 def validate_scores(scores: Any, groups: Sequence[RolloutGroup], name: str) -> Scores:

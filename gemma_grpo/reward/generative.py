@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gemma_grpo import distributed
 from gemma_grpo.data.batch import GroupBatch, pad_groups, pad_rollouts
 from gemma_grpo.data.chat import encode_plain, judge_suffix_ids
 from gemma_grpo.data.prompts import EncodedPair
@@ -88,6 +89,7 @@ def _verdicts(judge: Judge, batch: GroupBatch, role: ModelRole) -> Float[Tensor,
     with model.role(role):
         for slot, log_odds in model.budget.run(batch.to(model.device), judge.log_odds, doing="judging"):
             slot.put(log_odds, verdicts)
+    distributed.sum_([verdicts], "judging")
     return verdicts
 
 

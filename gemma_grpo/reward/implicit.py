@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gemma_grpo import distributed
 from gemma_grpo.data.batch import GroupBatch, pad_groups, pad_rollouts
 from gemma_grpo.data.prompts import EncodedPair
 from gemma_grpo.model.gemma import REFERENCE, Gemma, ModelRole
@@ -99,6 +100,7 @@ def sequence_logprobs(model: Gemma, batch: GroupBatch, role: ModelRole) -> Float
     with model.role(role):
         for slot, values in model.budget.run(batch, read, doing=f"scoring with {role}"):
             slot.put(values, sums)
+    distributed.sum_([sums], f"scoring with {role}")
     return sums
 
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gemma_grpo import distributed
 from gemma_grpo.data.batch import GroupBatch, pad_groups
 from gemma_grpo.data.chat import comparison_ids, encode_plain
 from gemma_grpo.model.attention import GroupLayout
@@ -94,4 +95,5 @@ class PairwiseJudge:
         with model.role(REFERENCE):
             for slot, values in model.budget.run(batch.to(model.device), read, doing="comparing"):
                 slot.put(values, found)
+        distributed.sum_([found], "comparing")
         return found

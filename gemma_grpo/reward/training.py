@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from gemma_grpo import distributed
 from gemma_grpo.config.schema import RewardModelSettings
 from gemma_grpo.data.batch import GroupBatch
 from gemma_grpo.data.prompts import EncodedPair
@@ -141,7 +142,9 @@ class RewardTraining:
                         total += value
                 loss += share.item()
                 slot.put(scores, rewards)
-        return gradient, loss, rewards
+        loss_sum = torch.tensor(loss, dtype=torch.float64)
+        distributed.sum_([*gradient, loss_sum, rewards], "training the reward adapter")
+        return gradient, loss_sum.item(), rewards
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
         """Adam's moments by parameter name, and the numbers beside them."""

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from gemma_grpo import distributed
 from gemma_grpo.data.batch import GroupBatch, pad_rollouts
 from gemma_grpo.model.attention import GroupLayout
 from gemma_grpo.model.gemma import Gemma
@@ -92,6 +93,7 @@ class ZeroShotJudge:
             for slot, (log_odds, values) in model.budget.run(judged, self._read_piece, doing="judging"):
                 slot.put(log_odds, verdicts)
                 slot.put(values, logprobs)
+        distributed.sum_([verdicts, logprobs], "judging")
         self._wanted.kept.update({text: logprobs[n, g, : len(text[1])] for (n, g), text in asked.items()})
         return verdicts
 

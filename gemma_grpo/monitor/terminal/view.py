@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TextIO, cast
 
@@ -30,6 +31,11 @@ class ProgressView:
         self._seen = Seen()
         self._screen = _screen(console, self._seen)
         self._training_began: tuple[str, int, float] | None = None
+
+    @classmethod
+    def silent(cls) -> ProgressView:
+        """One that shows nothing: of several ranks only the first speaks."""
+        return cls(Console(file=Path(os.devnull).open("w", encoding="utf-8")))
 
     def __enter__(self) -> ProgressView:
         self._seen.over = False

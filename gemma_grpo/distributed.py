@@ -1,0 +1,360 @@
+"""The ranks of one run: who does which share of the work, and that all of them know the same afterwards. On one device it does nothing.
+
+Every rank runs the same program on the same state. What is heavy - sampling, scoring, gradients - is cut into shares (`share`), and its
+results are put together (`sum_`, `gather`), so that from there on all ranks hold the same again and decide alike. How many ranks there
+are changes who computes, never what.
+
+Ranks meet before anything is exchanged: each says over a key-value store that it has come, or why it does not, and rank 0 says to all
+whether to go on. So an error, a request to stop, or a rank that is gone or frozen ends all of them at the same place, with the same
+words; the exchange itself, which nobody can be called back from, begins only when all are there. Owns torch.distributed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+
+from gemma_grpo import stopping, watchdog
+from gemma_grpo.launched import world_size
+
+GRACE = 3.0
+"""Seconds that a rank which ends waits for the others to have heard why."""
+_SLICE = 0.5
+"""Seconds: a wait of the store cannot be interrupted, so signals are heard between slices."""
+_LONGEST_TEXT = 4000
+
+
+class RankError(RuntimeError):
+    """Another rank has ended the work: it failed, or does not answer. The message names it."""
+
+
+@dataclass
+class _Ranks:
+    rank: int = 0
+    world: int = 1
+    store: Any = None
+    timeout: float = 0.0
+    meetings: int = 0
+    waited: float = 0.0
+    left: bool = False
+    hosts: list[str] = field(default_factory=list)
+
+
+_ranks = _Ranks()
+
+
+def rank() -> int:
+    """This process's number among the ranks, from 0."""
+    return _ranks.rank
+
+
+def world() -> int:
+    """How many ranks there are."""
+    return _ranks.world
+
+
+def is_main() -> bool:
+    """Whether this rank is the one that writes and speaks."""
+    return _ranks.rank == 0
+
+
+def seconds_waited() -> float:
+    """Seconds that this rank has waited for others so far."""
+    return _ranks.waited
+
+
+@contextmanager
+def joined(timeout: float) -> Iterator[None]:
+    """Take part in the run whose ranks a launcher started, told by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; alone without one.
+
+    Who comes more than `timeout` seconds later to a meeting than the others is given up. Joining again inside changes nothing.
+    """
+    if world_size() == 1 or _ranks.world > 1:
+        yield
+        return
+    _join(timeout)
+    try:
+        yield
+    except BaseException as error:
+        leave(error)
+        raise
+    finally:
+        _part()
+
+
+def _join(timeout: float) -> None:
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    patience = timedelta(seconds=timeout)
+    store, _ranks.rank, _ranks.world = next(rendezvous("env://", timeout=patience))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=PrefixStore("torch", store),
+        rank=_ranks.rank,
+        world_size=_ranks.world,
+        timeout=patience,
+    )
+    _ranks.store, _ranks.timeout = PrefixStore("gemma-grpo", store), timeout
+    _ranks.hosts = gather(socket.gethostname(), "the start")
+
+
+def _part() -> None:
+    global _ranks
+    _ranks = _Ranks()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---- meeting
+
+
+@contextmanager
+def together(what: str) -> Iterator[None]:
+    """Around a share of the work: whoever fails in it tells the others, who raise RankError, or Stopped where it was asked to stop."""
+    try:
+        yield
+    except GeneratorExit:  # whoever took its results has ended, and will say why
+        raise
+    except BaseException as error:
+        leave(error)
+        raise
+    meet(what)
+
+
+def meet(what: str) -> None:
+    """Wait until all ranks have come here. Raises RankError or Stopped, on all of them alike, where one does not come."""
+    if _ranks.world == 1:
+        return
+    began = time.monotonic()
+    _say({"kind": "here"})
+    verdict = _decide(what) if is_main() else _await_verdict(what)
+    _ranks.meetings += 1
+    _ranks.waited += time.monotonic() - began
+    if verdict["kind"] != "go":
+        _ranks.left = True
+        raise _error(verdict)
+
+
+def leave(error: BaseException) -> None:
+    """Tell the others that this rank does not come to the next meeting, and why. What they ended themselves they are not told again."""
+    if _ranks.world == 1 or _ranks.left:
+        return
+    _ranks.left = True
+    stopped = isinstance(error, stopping.Stopped)
+    text = str(error) if stopped else f"failed: {type(error).__name__}: {error}"
+    said = {"kind": "stopped" if stopped else "failed", "rank": _ranks.rank, "text": text[:_LONGEST_TEXT]}
+    with suppress(dist.DistError):  # whoever held the store is gone: there is nobody left to tell
+        _say(said)
+        if is_main():
+            _tell(said)
+        _wait([_key("verdict")] if not is_main() else [_key(number) for number in range(1, _ranks.world)], GRACE)
+
+
+def _error(verdict: dict[str, Any]) -> BaseException:
+    if verdict["kind"] == "stopped":
+        return stopping.Stopped(verdict["text"])
+    number = verdict["rank"]
+    on = f" on {_ranks.hosts[number]}" if len(set(_ranks.hosts)) > 1 else ""
+    return RankError(f"rank {number}{on} {verdict['text']}")
+
+
+def _key(name: object) -> str:
+    return f"{_ranks.meetings}/{name}"
+
+
+def _say(status: dict[str, Any]) -> None:
+    _ranks.store.set(_key(_ranks.rank), json.dumps(status))
+
+
+def _tell(verdict: dict[str, Any]) -> None:
+    _ranks.store.set(_key("verdict"), json.dumps(verdict))
+
+
+def _decide(what: str) -> dict[str, Any]:
+    """Rank 0: hear each of the others, and tell all what follows."""
+    verdict = _heard(what)
+    if verdict["kind"] == "go" and (reason := stopping.requested()) is not None:
+        verdict = {"kind": "stopped", "rank": 0, "text": reason}
+    _tell(verdict)
+    past = _ranks.meetings - 2  # everybody has read what was said there
+    for name in (*range(_ranks.world), "verdict") if past >= 0 else ():
+        _ranks.store.delete_key(f"{past}/{name}")
+    return verdict
+
+
+def _heard(what: str) -> dict[str, Any]:
+    keys = [_key(number) for number in range(1, _ranks.world)]
+    deadline, asked = time.monotonic() + _ranks.timeout, False
+    while not _wait(keys, _SLICE):
+        reason = stopping.requested()
+        if reason is not None and not asked:  # the others may be busy, or gone: whenever they come, they will read it
+            asked, deadline = True, min(deadline, time.monotonic() + GRACE)
+        if time.monotonic() > deadline:
+            late = [number for number, key in enumerate(keys, start=1) if not _ranks.store.check([key])]
+            if late:
+                return {"kind": "stopped", "rank": 0, "text": reason} if asked else _silent(late, what)
+    said = [json.loads(text) for text in _ranks.store.multi_get(keys)]
+    ended = sorted((one for one in said if one["kind"] != "here"), key=lambda one: one["kind"])  # "failed" before "stopped"
+    return ended[0] if ended else {"kind": "go"}
+
+
+def _silent(late: Sequence[int], what: str) -> dict[str, Any]:
+    others = f", nor did {', '.join(map(str, late[1:]))}" if late[1:] else ""
+    text = f"did not answer for {_ranks.timeout:g} s{others}; the others were at {_at(what)}"
+    return {"kind": "failed", "rank": late[0], "text": text}
+
+
+def _at(what: str) -> str:
+    return " of ".join(filter(None, (what, watchdog.detail())))
+
+
+def _await_verdict(what: str) -> dict[str, Any]:
+    deadline, reason = time.monotonic() + 2 * _ranks.timeout, None  # twice: rank 0 may itself wait for another one
+    while not _wait([_key("verdict")], _SLICE):
+        if reason is None and (reason := stopping.requested()) is not None:
+            # rank 0 hears of it, and says it to all; it has no more than GRACE for that, as it may be gone itself
+            deadline = time.monotonic() + GRACE
+            _say({"kind": "stopped", "rank": _ranks.rank, "text": reason})
+        if time.monotonic() > deadline:
+            silent = f"did not answer for {2 * _ranks.timeout:g} s; rank {_ranks.rank} was at {_at(what)}"
+            return {"kind": "failed", "rank": 0, "text": silent} if reason is None else {"kind": "stopped", "text": reason}
+    found: dict[str, Any] = json.loads(_ranks.store.get(_key("verdict")))
+    return found
+
+
+def _wait(keys: Sequence[str], seconds: float) -> bool:
+    """Whether all keys are there before so many seconds have gone by."""
+    deadline = time.monotonic() + seconds
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            _ranks.store.wait(list(keys), timedelta(seconds=max(0.01, min(_SLICE, left))))
+        except dist.DistStoreError:  # not yet
+            if left <= 0:
+                return False
+        else:
+            return True
+
+
+@contextmanager
+def _exchanging(what: str) -> Iterator[None]:
+    """Around an exchange of those who have met. Where it breaks, whoever does not come to a last meeting is who broke it."""
+    meet(what)
+    try:
+        yield
+    except RuntimeError as error:  # of gloo and NCCL: a connection was closed, or their own timeout is over
+        _ranks.left = True
+        _say({"kind": "here"})
+        verdict = _heard(what) if is_main() else None
+        if verdict is not None:
+            _tell(verdict)
+        found = verdict or _await_verdict(what)
+        if found["kind"] != "go":
+            raise _error(found) from error
+        raise RankError(f"an exchange failed, {_at(what)}: {error}") from error
+
+
+# ---- shares and exchanges
+
+
+def share(costs: Sequence[float]) -> list[int]:
+    """Numbers of the items that are this rank's, so that all ranks have about the same cost: the dearest first, to who has least."""
+    return shares(costs, _ranks.world)[_ranks.rank]
+
+
+def shares(costs: Sequence[float], count: int) -> list[list[int]]:
+    """The same for every one of `count` ranks."""
+    loads, found = [0.0] * count, [list[int]() for _ in range(count)]
+    for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
+        least = min(range(count), key=loads.__getitem__)
+        loads[least] += costs[item]
+        found[least].append(item)
+    return [sorted(items) for items in found]
+
+
+def gather(value: Any, what: str) -> list[Any]:
+    """What each rank has, by rank, on all of them: JSON values."""
+    if _ranks.world == 1:
+        return [value]
+    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    with _exchanging(what):
+        sizes = [torch.zeros(1, dtype=torch.long) for _ in range(_ranks.world)]
+        dist.all_gather(sizes, torch.tensor([len(content)]))
+        width = int(max(sizes))
+        found = [torch.zeros(width, dtype=torch.uint8) for _ in sizes]
+        dist.all_gather(found, torch.nn.functional.pad(content, (0, width - len(content))))
+    return [json.loads(bytes(one[: int(size)].numpy())) for one, size in zip(found, sizes, strict=True)]
+
+
+def from_main(value: Any, what: str) -> Any:
+    """What rank 0 has, on all ranks: a JSON value."""
+    return gather(value if is_main() else None, what)[0]
+
+
+def sum_(tensors: Sequence[Tensor], what: str) -> None:
+    """Replace each tensor by the sum of all ranks', in place; to the bit the same on all of them."""
+    if _ranks.world == 1:
+        return
+    kinds = sorted(range(len(tensors)), key=lambda n: (str(tensors[n].dtype), str(tensors[n].device)))
+    for _, group in groupby(kinds, key=lambda n: (tensors[n].dtype, tensors[n].device)):
+        some = [tensors[n] for n in group]
+        flat = torch.cat([tensor.reshape(-1) for tensor in some])
+        with _exchanging(what):
+            dist.all_reduce(flat)
+        for tensor, part in zip(some, flat.split([tensor.numel() for tensor in some]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def sum_by_name(values: Mapping[str, float], what: str) -> dict[str, float]:
+    """The sums over all ranks, of whatever each of them has a number for."""
+    if _ranks.world == 1:
+        return dict(values)
+    total: dict[str, float] = {}
+    for found in gather(values, what):  # in the ranks' order, so that all add up alike
+        for name, value in found.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
+
+
+def copy_from_main(source: Path | None, target: Path, names: Sequence[str]) -> None:
+    """Files of rank 0's folder `source` into the folder `target` of every other rank: those of `names` that there are."""
+    if _ranks.world == 1:
+        return
+    there = from_main([name for name in names if source is not None and (source / name).is_file()], "sharing files")
+    for name in there:
+        content = _bytes_from_main((source / name).read_bytes() if source is not None and is_main() else b"")
+        if not is_main():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes(content)
+
+
+def _bytes_from_main(content: bytes) -> bytes:
+    size = int(from_main(len(content), "sharing files"))
+    buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8) if is_main() and size else torch.zeros(size, dtype=torch.uint8)
+    if size:
+        with _exchanging("sharing files"):
+            dist.broadcast(buffer, src=0)
+    return bytes(buffer.numpy())
+
+
+def agree(value: str, what: str) -> None:
+    """Raise RankError unless all ranks have the same text; `what` says what it is of."""
+    found = gather(value, what)
+    other = next((number for number, one in enumerate(found) if one != found[0]), None)
+    if other is not None:
+        raise RankError(f"rank {other} has another {what} than rank 0. All ranks must read the same files with the same library versions.")

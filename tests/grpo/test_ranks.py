@@ -1,0 +1,116 @@
+"""A run on several ranks is the run on one: the same completions, rewards and adapters, resumed on any number of them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import ended, start_ranks
+from safetensors.torch import load_file
+
+TRAIN = """
+import json, sys
+from conftest import PAIR_ROWS, mean_letter
+from gemma_grpo import GRPOTrainer
+settings = json.loads(sys.argv[1])
+resume = settings.pop("resume", False)
+rewards = {"mean_letter": mean_letter} if settings.get("reward") else None
+trainer = GRPOTrainer(dataset=PAIR_ROWS, reward_functions=rewards, **settings)
+trainer.train(resume_from_checkpoint=resume)
+"""
+COMMON: dict[str, Any] = {
+    **{"batch_size": 2, "gradient_accumulation_steps": 2, "num_generations": 3, "learning_rate": 3e-3, "max_completion_length": 10},
+    **{"gradient_checkpointing": False, "data.holdout": 0.25, "judge.least_accuracy": 0.0, "watchdog.factor": None},
+    **{"witness.look_alikes": 2, "witness.num_prompts": 3, "witness.every": 3, "evaluation.num_prompts": 3, "advantage.no_signal_steps": 0},
+}
+JUDGED = {"reward_model.batch_size": 4, "reward_model.max_pairs": 12, "witness.share": 0.3, "max_steps": 4}
+
+
+Train = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def train(small_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    root, count = tmp_path_factory.mktemp("runs"), itertools.count()
+
+    def run(world: int, path: Path | None = None, **settings: Any) -> Path:
+        path = path or root / f"run-{next(count)}"
+        given = {**COMMON, "model_name": str(small_model_dir), "output_dir": str(path), **settings}
+        found = ended(start_ranks(TRAIN, world, arguments=[json.dumps(given)]), 300)
+        assert [code for code, _, _ in found] == [0] * world, [err[-3000:] for _, _, err in found]
+        assert not [out for _, out, _ in found[1:] if out]  # rank 0 alone speaks
+        return path
+
+    return run
+
+
+def lines(run: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / name).read_text(encoding="utf-8").splitlines()]
+
+
+def assert_close(one: Any, other: Any, tolerance: float, where: str = "") -> None:
+    """The same but for rounding: numbers to a tolerance, all else exactly."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_close(one[key], other[key], tolerance, f"{where}/{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), where
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_close(*pair, tolerance, f"{where}/{index}")
+    elif isinstance(one, float) and isinstance(other, float):
+        assert abs(one - other) <= tolerance * max(1.0, abs(one)), (where, one, other)
+    else:
+        assert one == other, where
+
+
+def assert_same(run: Path, expected: Path, tolerance: float = 1e-6) -> None:
+    """Samples and rewards, metrics, looks, evaluation, adapter."""
+    for name in ("samples.jsonl", "witnesses.jsonl", "metrics.jsonl"):
+        loose = 1e-3 if name != "samples.jsonl" else 2e-3  # sums of many terms, and log-ratios rounded to three digits
+        assert_close(lines(run, name), lines(expected, name), loose, name)
+    for one, other in zip(lines(run, "samples.jsonl"), lines(expected, "samples.jsonl"), strict=True):
+        texts = [[completion["text"] for completion in line["completions"]] for line in (one, other)]
+        assert texts[0] == texts[1]
+    adapters = [load_file(path / "adapter" / "adapter_model.safetensors") for path in (run, expected)]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, value in adapters[0].items():
+        torch.testing.assert_close(value, adapters[1][name], rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def alone(train: Train) -> Path:
+    """Ten steps, twenty updates, on one rank."""
+    return train(1, reward={"mean_letter": 1.0, "length": 0.1}, max_steps=10, save_steps=4)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_twenty_updates_are_the_same_on_any_number_of_ranks(train: Train, alone: Path, world: int) -> None:
+    assert_same(train(world, reward={"mean_letter": 1.0, "length": 0.1}, max_steps=10, save_steps=4), alone)
+
+
+@pytest.fixture(scope="module")
+def judged(train: Train) -> Path:
+    return train(1, **JUDGED)
+
+
+def test_a_trained_judge_and_its_witness_are_the_same_on_two_ranks(train: Train, judged: Path) -> None:
+    run = train(2, **JUDGED)
+    assert_same(run, judged, 1e-5)  # rewards of a judge that was itself trained on two ranks
+    for name in ("reward", "witness"):
+        one, other = (load_file(path / name / "adapter_model.safetensors") for path in (run, judged))
+        for key, value in one.items():
+            torch.testing.assert_close(value, other[key], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1), (2, 4), (4, 2), (1, 4), (4, 1)])
+def test_a_run_goes_on_with_any_number_of_ranks(train: Train, alone: Path, first: int, then: int) -> None:
+    settings = {"reward": {"mean_letter": 1.0, "length": 0.1}, "save_steps": 4}
+    path = train(first, max_steps=6, **settings)
+    train(then, path, max_steps=10, resume=True, **settings)
+    assert_same(path, alone)
