@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,8 +34,10 @@ from gemma_grpo.launched import world_size
 
 GRACE = 3.0
 """Seconds that a rank which ends waits for the others to have heard why."""
-_SLICE = 0.5
-"""Seconds: a wait of the store cannot be interrupted, so signals are heard between slices."""
+_SLICE = 0.1
+"""Seconds between two looks at whether this rank was asked to stop."""
+_SLOWEST_LOOK = 0.01
+"""Seconds."""
 _LONGEST_TEXT = 4000
 
 
@@ -102,15 +105,43 @@ def _join(timeout: float) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     patience = timedelta(seconds=timeout)
     store, _ranks.rank, _ranks.world = next(rendezvous("env://", timeout=patience))
+    start = _this_start(store, timeout)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=PrefixStore("torch", store),
+        store=PrefixStore(f"{start}/torch", store),
         rank=_ranks.rank,
         world_size=_ranks.world,
         timeout=patience,
     )
-    _ranks.store, _ranks.timeout = PrefixStore("gemma-grpo", store), timeout
+    _ranks.store, _ranks.timeout = PrefixStore(f"{start}/gemma-grpo", store), timeout
     _ranks.hosts = gather(socket.gethostname(), "the start")
+
+
+def _this_start(store: Any, timeout: float) -> str:
+    """A name for this start of the ranks that all of them know, in a store that may still hold what an earlier start left there.
+
+    Each rank says a word that nobody can have said before; rank 0 names the start and repeats the words it heard. Whoever finds its own
+    word there says yes to the name; once all have, the name holds. Raises RankError where they do not come together in time.
+    """
+    word, said, deadline = secrets.token_hex(8), "", time.monotonic() + timeout
+    numbers = [str(number) for number in range(_ranks.world)]
+    store.set(f"word/{_ranks.rank}", word)
+    name, words = "", [""]
+    while time.monotonic() < deadline:
+        if is_main() and store.check([f"word/{number}" for number in numbers]):
+            heard = [store.get(f"word/{number}").decode() for number in numbers]
+            if heard != words:
+                name, words = secrets.token_hex(8), heard
+                store.set("start", json.dumps([name, words]))
+        if store.check(["start"]):
+            told, repeated = json.loads(store.get("start"))
+            if told != said and repeated[_ranks.rank : _ranks.rank + 1] == [word]:
+                said = told
+                store.set(f"yes/{told}/{_ranks.rank}", "")
+            if said == told and store.check([f"yes/{told}/{number}" for number in numbers]):
+                return said
+        time.sleep(0.01)
+    raise RankError(f"not all of the {_ranks.world} ranks came within {timeout:g} s (ranks.timeout_seconds). Look at what they say.")
 
 
 def _part() -> None:
@@ -141,8 +172,12 @@ def meet(what: str) -> None:
     if _ranks.world == 1:
         return
     began = time.monotonic()
-    _say({"kind": "here"})
-    verdict = _decide(what) if is_main() else _await_verdict(what)
+    try:
+        _say({"kind": "here"})
+        verdict = _decide(what) if is_main() else _await_verdict(what)
+    except dist.DistNetworkError as error:
+        _ranks.left = True
+        raise RankError(f"whoever started the ranks is gone, {_at(what)}: {error}") from error
     _ranks.meetings += 1
     _ranks.waited += time.monotonic() - began
     if verdict["kind"] != "go":
@@ -197,7 +232,8 @@ def _decide(what: str) -> dict[str, Any]:
     return verdict
 
 
-def _heard(what: str) -> dict[str, Any]:
+def _heard(what: str, *, broken: bool = False) -> dict[str, Any]:
+    """The verdict; where an exchange is `broken`, who does not come is gone, and whoever started the ranks asks the others to stop."""
     keys = [_key(number) for number in range(1, _ranks.world)]
     deadline, asked = time.monotonic() + _ranks.timeout, False
     while not _wait(keys, _SLICE):
@@ -206,8 +242,10 @@ def _heard(what: str) -> dict[str, Any]:
             asked, deadline = True, min(deadline, time.monotonic() + GRACE)
         if time.monotonic() > deadline:
             late = [number for number, key in enumerate(keys, start=1) if not _ranks.store.check([key])]
+            if late and asked and not broken:
+                return {"kind": "stopped", "rank": 0, "text": reason}
             if late:
-                return {"kind": "stopped", "rank": 0, "text": reason} if asked else _silent(late, what)
+                return _silent(late, what) if not asked else {"kind": "failed", "rank": late[0], "text": f"is gone, {_at(what)}"}
     said = [json.loads(text) for text in _ranks.store.multi_get(keys)]
     ended = sorted((one for one in said if one["kind"] != "here"), key=lambda one: one["kind"])  # "failed" before "stopped"
     return ended[0] if ended else {"kind": "go"}
@@ -238,17 +276,14 @@ def _await_verdict(what: str) -> dict[str, Any]:
 
 
 def _wait(keys: Sequence[str], seconds: float) -> bool:
-    """Whether all keys are there before so many seconds have gone by."""
-    deadline = time.monotonic() + seconds
-    while True:
-        left = deadline - time.monotonic()
-        try:
-            _ranks.store.wait(list(keys), timedelta(seconds=max(0.01, min(_SLICE, left))))
-        except dist.DistStoreError:  # not yet
-            if left <= 0:
-                return False
-        else:
-            return True
+    """Whether all keys are there before so many seconds have gone by. It asks again and again: the store's own wait hears no signal."""
+    began = time.monotonic()
+    while not _ranks.store.check(list(keys)):
+        waited = time.monotonic() - began
+        if waited > seconds:
+            return False
+        time.sleep(min(_SLOWEST_LOOK, waited / 20))
+    return True
 
 
 @contextmanager
@@ -260,7 +295,7 @@ def _exchanging(what: str) -> Iterator[None]:
     except RuntimeError as error:  # of gloo and NCCL: a connection was closed, or their own timeout is over
         _ranks.left = True
         _say({"kind": "here"})
-        verdict = _heard(what) if is_main() else None
+        verdict = _heard(what, broken=True) if is_main() else None
         if verdict is not None:
             _tell(verdict)
         found = verdict or _await_verdict(what)

@@ -6,6 +6,7 @@ Several machines are started by torchrun itself (docs/many-gpus.md); what ranks 
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import sys
 from collections.abc import Sequence
@@ -16,10 +17,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from gemma_grpo.config.schema import RanksSettings
 from gemma_grpo.stopping import EXIT_CODE
-
-SECONDS_TO_SAVE = 60
-"""What ranks that were asked to stop have before they are killed."""
 
 
 def check_cards(count: int) -> None:
@@ -29,13 +28,15 @@ def check_cards(count: int) -> None:
         raise ValueError(f"gpus is {count}, and this machine has {there}. Give gpus={there}, or start several machines by torchrun.")
 
 
-def launch(words: Sequence[str], count: int, max_restarts: int) -> int:
+def launch(words: Sequence[str], count: int, settings: RanksSettings) -> int:
     """Run `gemma-grpo WORDS` as `count` ranks; the exit code of the first that failed, EXIT_CODE where they were asked to stop.
 
-    All are started again, at most max_restarts times, when one fails. Raises ValueError where there are too few GPUs.
+    All are started again, at most settings.max_restarts times, when one fails. Raises ValueError where there are too few GPUs.
     """
     check_cards(count)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what a rank says of its end is enough
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what a rank says of its end is enough
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -43,9 +44,9 @@ def launch(words: Sequence[str], count: int, max_restarts: int) -> int:
         run_id="gemma-grpo",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=max_restarts,
+        max_restarts=settings.max_restarts,
         logs_specs=DefaultLogsSpecs(),
-        shutdown_timeout=SECONDS_TO_SAVE,
+        shutdown_timeout=math.ceil(settings.grace_seconds),
     )
     try:
         elastic_launch(config, sys.executable)("-m", "gemma_grpo.cli", *words)

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from gemma_grpo.launched import is_first
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: the same command goes on with the run."""
@@ -91,6 +93,7 @@ def _heard(number: int, frame: FrameType | None) -> None:
 
 
 def _say(text: str) -> None:
-    """Past sys.stderr, which may be in the middle of a line, or closed."""
+    """Past sys.stderr, which may be in the middle of a line, or closed. Of several ranks, the first one's."""
     with suppress(OSError):
-        os.write(2, f"\n{text}\n".encode())
+        if is_first():
+            os.write(2, f"\n{text}\n".encode())

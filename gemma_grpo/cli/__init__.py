@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
 
+from gemma_grpo.launched import is_first
 from gemma_grpo.stopping import EXIT_CODE, heard_signals
 
 __all__ = ["main", "run", "say_stopped"]
@@ -37,7 +38,8 @@ def run(arguments: Sequence[str]) -> int:
 def say_stopped() -> None:
     """Past sys.stderr, which may be in the middle of a line, or gone with its terminal."""
     with suppress(OSError):
-        os.write(2, _STOPPED)
+        if is_first():
+            os.write(2, _STOPPED)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

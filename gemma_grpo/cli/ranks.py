@@ -15,4 +15,4 @@ def start_ranks(config: GRPOConfig) -> int:
     words = sys.argv[1:]
     if config.output_dir is None:
         words += [f"output_dir={run_path(config)}"]
-    return launch(words, config.gpus, config.ranks.max_restarts)
+    return launch(words, config.gpus, config.ranks)

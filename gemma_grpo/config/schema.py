@@ -248,6 +248,8 @@ class RanksSettings(Stage):
 
     timeout_seconds: Positive = 600.0
     """How much later than the others a rank may have done its share before it is given up."""
+    grace_seconds: Positive = 60.0
+    """What ranks that were asked to stop have to save in, before they are killed."""
     max_restarts: Whole = 0
     """Times that all are started again after one has failed, to go on from the last checkpoint."""
 

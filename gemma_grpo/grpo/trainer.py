@@ -112,7 +112,8 @@ class GRPOTrainer(Preparation):
         this machine and writes profile.json: where the time went, beside what the machine could do.
         """
         with self._taking_part():
-            return self._train(bool(resume_from_checkpoint), force, profile)
+            # rank 0 sees the run directory, others may not
+            return self._train(bool(distributed.from_main(bool(resume_from_checkpoint), "the start")), force, profile)
 
     def _train(self, resume_from_checkpoint: bool, force: bool, profile: bool) -> dict[str, Any]:
         started = time.perf_counter()
@@ -146,7 +147,11 @@ class GRPOTrainer(Preparation):
         With resume_from_checkpoint the training in output_dir goes on after its last saved update; one that is over is left as it is.
         """
         self._for_reward_alone = True
-        with self._taking_part(), self._running(resume=bool(resume_from_checkpoint), force=force):
+        with self._taking_part():
+            return self._train_reward_alone(bool(distributed.from_main(bool(resume_from_checkpoint), "the start")), force)
+
+    def _train_reward_alone(self, resume: bool, force: bool) -> dict[str, Any]:
+        with self._running(resume=resume, force=force):
             path = self.run.reward / CALIBRATION
             if path.is_file():
                 self._load_reward()  # so that train() on this object does not train it again

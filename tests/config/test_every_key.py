@@ -196,6 +196,10 @@ CHANGES: dict[str, Change] = {
     "memory.limit_gib": Change(1.5, lambda run: run.json("run.json")["plan"]["limit_bytes"]),
     "memory.token_budget": Change(1, None),
     "memory.kv_token_budget": Change(40, None),
+    "gpus": Change(2, None),  # these four: tests/test_launcher.py, tests/test_distributed.py
+    "ranks.timeout_seconds": Change(3.0, None),
+    "ranks.grace_seconds": Change(5.0, None),
+    "ranks.max_restarts": Change(1, None),
     "watchdog.factor": Change(2.0, None),
     "watchdog.floor_seconds": Change(1.0, None),
     "data.source": Change("elsewhere", sources),

@@ -90,7 +90,7 @@ def test_the_budgets_of_the_plan_are_the_runs(tiny_trainer, tmp_path: Path) -> N
     trainer = tiny_trainer(view=view, max_prompt_length=64, max_steps=1, **{"memory.kv_token_budget": 75})
     trainer.train()
     assert trainer.model.budget.tokens == 2 * (64 + 3 * 6)  # two full groups
-    assert trainer.engine.kv_tokens == 75
+    assert trainer.engine.engine.kv_tokens == 75
     recorded = trainer.run.read_run()["plan"]
     assert (recorded["token_budget"], recorded["kv_token_budget"], recorded["fits"]) == (164, 75, True)
     assert recorded["updates_per_epoch"] == -(-len(trainer.data.prompts) // 2)
@@ -107,7 +107,7 @@ def test_a_run_that_goes_on_keeps_its_budgets(tiny_trainer, tmp_path: Path) -> N
     first.run.update_run(plan=recorded | {"token_budget": 90, "kv_token_budget": 91})
     again = tiny_trainer(**settings, max_steps=2)
     again.train(resume_from_checkpoint=True)
-    assert (again.model.budget.tokens, again.engine.kv_tokens) == (90, 91)
+    assert (again.model.budget.tokens, again.engine.engine.kv_tokens) == (90, 91)
 
 
 def test_a_pass_repeated_for_memory_is_told_once(tiny_trainer) -> None:
