@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def _join(timeout: float) -> None:
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     patience = timedelta(seconds=timeout)
-    store, _ranks.rank, _ranks.world = next(rendezvous("env://", timeout=patience))
+    store, _ranks.rank, _ranks.world = _meeting_place(patience)
     start = _this_start(store, timeout)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
@@ -115,6 +116,13 @@ def _join(timeout: float) -> None:
     )
     _ranks.store, _ranks.timeout = PrefixStore(f"{start}/gemma-grpo", store), timeout
     _ranks.hosts = gather(socket.gethostname(), "the start")
+
+
+@cache
+def _meeting_place(patience: timedelta) -> tuple[Any, int, int]:
+    """The store, this rank and how many there are; once in a process, as rank 0 may hold the store itself, for several trainings."""
+    found: tuple[Any, int, int] = next(rendezvous("env://", timeout=patience))
+    return found
 
 
 def _this_start(store: Any, timeout: float) -> str:

@@ -160,3 +160,17 @@ def test_ranks_that_read_other_things_are_told() -> None:
     for code_, _, err in ended(start_ranks(BEGIN + code, 2)):
         assert code_ == 1
         assert "rank 1 has another dataset than rank 0" in err
+
+
+def test_one_process_may_join_several_times() -> None:
+    code = """
+import itertools
+found = []
+for n in range(3):
+    with d.joined(60):
+        found.append(d.gather([n, d.rank()], "things"))
+print(json.dumps(found))
+"""
+    found = ended(start_ranks(BEGIN + code, 2), 60)
+    assert [one[0] for one in found] == [0, 0], found
+    assert [json.loads(out) for _, out, _ in found] == [[[[n, 0], [n, 1]] for n in range(3)]] * 2

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import ended, start_ranks
+from ranks import COMMON, assert_same, ended, start_ranks
 from safetensors.torch import load_file
 
 TRAIN = """
@@ -23,11 +23,6 @@ rewards = {"mean_letter": mean_letter} if settings.get("reward") else None
 trainer = GRPOTrainer(dataset=PAIR_ROWS, reward_functions=rewards, **settings)
 trainer.train(resume_from_checkpoint=resume)
 """
-COMMON: dict[str, Any] = {
-    **{"batch_size": 2, "gradient_accumulation_steps": 2, "num_generations": 3, "learning_rate": 3e-3, "max_completion_length": 10},
-    **{"gradient_checkpointing": False, "data.holdout": 0.25, "judge.least_accuracy": 0.0, "watchdog.factor": None},
-    **{"witness.look_alikes": 2, "witness.num_prompts": 3, "witness.every": 3, "evaluation.num_prompts": 3, "advantage.no_signal_steps": 0},
-}
 JUDGED = {"reward_model.batch_size": 4, "reward_model.max_pairs": 12, "witness.share": 0.3, "max_steps": 4}
 
 
@@ -47,40 +42,6 @@ def train(small_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Tr
         return path
 
     return run
-
-
-def lines(run: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / name).read_text(encoding="utf-8").splitlines()]
-
-
-def assert_close(one: Any, other: Any, tolerance: float, where: str = "") -> None:
-    """The same but for rounding: numbers to a tolerance, all else exactly."""
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_close(one[key], other[key], tolerance, f"{where}/{key}")
-    elif isinstance(one, list):
-        assert len(one) == len(other), where
-        for index, pair in enumerate(zip(one, other, strict=True)):
-            assert_close(*pair, tolerance, f"{where}/{index}")
-    elif isinstance(one, float) and isinstance(other, float):
-        assert abs(one - other) <= tolerance * max(1.0, abs(one)), (where, one, other)
-    else:
-        assert one == other, where
-
-
-def assert_same(run: Path, expected: Path, tolerance: float = 1e-6) -> None:
-    """Samples and rewards, metrics, looks, evaluation, adapter."""
-    for name in ("samples.jsonl", "witnesses.jsonl", "metrics.jsonl"):
-        loose = 1e-3 if name != "samples.jsonl" else 2e-3  # sums of many terms, and log-ratios rounded to three digits
-        assert_close(lines(run, name), lines(expected, name), loose, name)
-    for one, other in zip(lines(run, "samples.jsonl"), lines(expected, "samples.jsonl"), strict=True):
-        texts = [[completion["text"] for completion in line["completions"]] for line in (one, other)]
-        assert texts[0] == texts[1]
-    adapters = [load_file(path / "adapter" / "adapter_model.safetensors") for path in (run, expected)]
-    assert adapters[0].keys() == adapters[1].keys()
-    for name, value in adapters[0].items():
-        torch.testing.assert_close(value, adapters[1][name], rtol=0, atol=tolerance)
 
 
 @pytest.fixture(scope="module")
