@@ -21,9 +21,14 @@ from gemma_grpo.config.schema import RanksSettings
 from gemma_grpo.stopping import EXIT_CODE
 
 
+def number_of_cards() -> int:
+    """GPUs of this machine."""
+    return torch.cuda.device_count()
+
+
 def check_cards(count: int) -> None:
     """Raise ValueError where this machine has GPUs, but not so many."""
-    there = torch.cuda.device_count()
+    there = number_of_cards()
     if 0 < there < count:
         raise ValueError(f"gpus is {count}, and this machine has {there}. Give gpus={there}, or start several machines by torchrun.")
 

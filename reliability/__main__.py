@@ -74,6 +74,21 @@ def page_load(found: Mapping[str, Any]) -> tuple[str, str]:
     )
 
 
+def rank_kills(found: Mapping[str, Any]) -> tuple[str, str]:
+    seconds = {how: f"{one['median']:.1f} s, {one['max']:.1f} s at most" for how, one in found["noticed_seconds"].items()}
+    what = f"{found['kills']} ranks of two killed and {found['freezes']} frozen, each in a run of its own, which starts again by itself"
+    return what, (
+        f"{found['failed_or_different']} runs differ from the undisturbed one; the other rank ended after {seconds['killed']} (killed), "
+        f"{seconds['frozen']} (frozen; timeout {found['timeout_seconds']:g} s); {found['processes_left']} processes left"
+    )
+
+
+def two_hosts(found: Mapping[str, Any]) -> tuple[str, str]:
+    what = f"two hosts (network namespaces), the cable between them pulled for {found['pulled_seconds']:g} s"
+    same = "as the undisturbed run, byte for byte" if found["same"] else "other than the undisturbed run"
+    return what, f"{found['steps_without_cable']} steps meanwhile; both start again by themselves and end {same}"
+
+
 ROWS = {
     "trainer_kills": trainer_kills,
     "writer_kills": writer_kills,
@@ -82,6 +97,8 @@ ROWS = {
     "checkpoint_cost": checkpoint_cost,
     "page_fuzz": page_fuzz,
     "page_load": page_load,
+    "rank_kills": rank_kills,
+    "two_hosts": two_hosts,
 }
 """Result -> its row."""
 

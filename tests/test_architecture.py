@@ -35,6 +35,7 @@ ROWS: dict[str, float] = {
     "distributed": 1,
     "launched": -0.5,
     "launcher": 6,
+    "rank_check": 6,
     "data": 2,
     "model": 2.5,  # on data's batches and control tokens, never the other way round
     "checkpoint": 3,

@@ -174,3 +174,27 @@ print(json.dumps(found))
     found = ended(start_ranks(BEGIN + code, 2), 60)
     assert [one[0] for one in found] == [0, 0], found
     assert [json.loads(out) for _, out, _ in found] == [[[[n, 0], [n, 1]] for n in range(3)]] * 2
+
+
+ENDED_FOR_ANOTHER = """
+with stopping.listening(), d.joined(60):
+    d.meet("before")
+    print(os.getpid(), flush=True)
+    with d.together("reward"):
+        if d.rank() == 1:
+            raise ValueError("the reward is broken")
+        for _ in range(600):
+            stopping.check()
+            time.sleep(0.05)
+"""
+
+
+def test_who_is_asked_to_stop_because_another_failed_says_so() -> None:
+    ranks = start_ranks(BEGIN + ENDED_FOR_ANOTHER, 2)
+    assert ranks[0].stdout is not None
+    ranks[0].stdout.readline()
+    ranks[1].wait(30)
+    ranks[0].send_signal(signal.SIGTERM)  # as torchrun's agent does
+    found = ended(ranks, 30)
+    assert [code for code, _, _ in found] == [1, 1]
+    assert "RankError: rank 1 failed: ValueError: the reward is broken" in found[0][2]

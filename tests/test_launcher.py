@@ -143,3 +143,17 @@ def test_more_ranks_than_prompts_are_refused(lab: Lab) -> None:
     assert code == 2
     assert "a step has 2 prompts" in err
     assert not (lab.folder / "many" / "metrics.jsonl").exists()
+
+
+def test_the_doctor_asks_the_ranks(lab: Lab) -> None:
+    words = [sys.executable, "-m", "gemma_grpo.cli", "doctor", "--gpus"]
+    done = subprocess.run([*words, "2"], cwd=lab.folder, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert [line.split()[0] for line in said] == ["ok"] * 4  # two ranks, their sum, their folder
+    assert "rank 1: " in said[1]
+    assert "added up in" in said[2]
+    assert str(lab.folder) in said[3]
+    assert not list(lab.folder.glob(".gemma-grpo-*"))
+    refused = subprocess.run([*words, "no"], cwd=lab.folder, capture_output=True, text=True, timeout=60, check=False)
+    assert (refused.returncode, "Give a number" in refused.stderr) == (2, True)

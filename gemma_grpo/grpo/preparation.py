@@ -54,6 +54,7 @@ class Preparation:
         self.step = 0
         self._begun: StepUnderWay | None = None
         self._alerted = False
+        self._waited = 0.0
 
     def plan(self, card: str | None = None) -> Plan:
         """What this run will hold in memory, phase by phase, and whether it fits here or on a named card such as "t4"; loads no model."""

@@ -215,6 +215,7 @@ class GRPOTrainer(Preparation):
         counted = self.updater.counted
         if self._profiler:
             self._profiler.begin(self.step)
+        self._waited = distributed.seconds_waited()
         hard_stop, signal = self.updater.hard_stop, self.updater.signal
         if self._look() and self.step:
             self._save()  # the look that a stop broke off: the checkpoint it went on from does not know of it
@@ -228,6 +229,7 @@ class GRPOTrainer(Preparation):
             stopped = self.updater.over_budget()
             self.run.append_step(record, scored)  # from here on the step is whole, and can be saved
             with self._saved_if_it_fails():
+                self._log_idle_ranks(record)
                 self.view.step(record, self.total_steps, group=scored[0])
                 last = self.run.last_metrics(CUT_OFF_STEPS + 1)  # of the log, which a resumed run has too
                 self._warn(*step_warnings(record, self.config, counted), *never_stops(last, self.config), *self.stepper.reward_warnings)
@@ -242,6 +244,13 @@ class GRPOTrainer(Preparation):
                 self._profiler.step(record, [one.group for one in scored])
         if signal.lost or signal.never_there:  # must not pass for a success
             raise NoSignalError(no_signal(signal, self.config))
+
+    def _log_idle_ranks(self, record: StepRecord) -> None:
+        """What share of a step each rank waited for others."""
+        waited, self._waited = distributed.seconds_waited() - self._waited, distributed.seconds_waited()
+        if distributed.world() > 1:
+            shares = distributed.gather(waited / max(1e-9, sum(record.seconds.values())), "logging")
+            self.run.event("ranks", step=record.step, idle=[round(share, 4) for share in shares])
 
     def _look(self) -> bool:
         """Look at the policy if it is time, and say what is alarming; whether it was time."""

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from zlib import crc32
 
 import torch
 from jaxtyping import Bool, Float
@@ -158,6 +159,15 @@ class PolicyUpdater:
         if broken is not None:
             raise FloatingPointError(f"step {step + 1}: the update makes {broken} not finite; it was taken back. Lower learning_rate.")
         self._point = _Point(snapshot, self._controller_states(), self.model.budget.tokens, made)
+        self._check_ranks_have_one_policy()
+
+    def _check_ranks_have_one_policy(self) -> None:
+        """Ranks add up the same numbers and must come to the same weights, to the bit; a card that counts wrongly shows here."""
+        if distributed.world() > 1:
+            checksum = 0
+            for parameter in self.parameters.values():
+                checksum = crc32(parameter.detach().float().cpu().numpy().tobytes(), checksum)
+            distributed.agree(f"{checksum:08x}", "policy after an update")
 
     def _refuse_spike(self, norm: float, step: int) -> None:
         if self.config.optimizer.on_spike == "stop":

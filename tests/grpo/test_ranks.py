@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import COMMON, assert_same, ended, start_ranks
+from ranks import COMMON, assert_same, ended, lines, start_ranks
 from safetensors.torch import load_file
 
 TRAIN = """
@@ -75,3 +75,30 @@ def test_a_run_goes_on_with_any_number_of_ranks(train: Train, alone: Path, first
     path = train(first, max_steps=6, **settings)
     train(then, path, max_steps=10, resume=True, **settings)
     assert_same(path, alone)
+
+
+DIVERGING = """
+import json, sys
+from conftest import PAIR_ROWS, mean_letter
+from gemma_grpo import GRPOTrainer, distributed
+trainer = GRPOTrainer(dataset=PAIR_ROWS, reward_functions={"mean_letter": mean_letter}, **json.loads(sys.argv[1]))
+step = trainer._step_or_save
+def broken():
+    if trainer.step == 1 and distributed.rank() == 1:
+        weight = next(iter(trainer.model.adapter_parameters("policy").values()))
+        weight.data.view(-1)[0] += 1e-6
+    return step()
+trainer._step_or_save = broken
+trainer.train()
+"""
+
+
+def test_a_rank_whose_weights_are_other_than_the_first_ones_ends_the_run(small_model_dir: Path, tmp_path: Path) -> None:
+    settings = {**COMMON, "model_name": str(small_model_dir), "output_dir": str(tmp_path / "run"), "reward": {"mean_letter": 1.0}}
+    found = ended(start_ranks(DIVERGING, 2, arguments=[json.dumps({**settings, "max_steps": 3})]), 120)
+    assert [code for code, _, _ in found] == [1, 1]
+    assert all("rank 1 has another policy after an update than rank 0" in err for _, _, err in found)
+    assert [line["step"] for line in lines(tmp_path / "run", "metrics.jsonl")] == [1]
+    idle = [line["idle"] for line in lines(tmp_path / "run", "events.jsonl") if line["kind"] == "ranks"]
+    assert len(idle) == 1
+    assert all(0 <= share < 1 for share in idle[0])

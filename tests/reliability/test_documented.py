@@ -39,7 +39,7 @@ def test_every_row_of_the_matrix_for_one_device_has_its_tests() -> None:
     expected |= {*(f"D{n}" for n in range(1, 10)), *(f"E{n}" for n in range(1, 11))}
     assert {name for name, _ in rows} == expected
     waiting = {name for name, tests in rows if not NAMED.search(tests)}
-    assert waiting == {"C6", "C7", "C8", "D7"}  # several devices; merging weights
+    assert waiting == {"D7"}  # merging weights
 
 
 def test_the_figures_are_those_of_the_results() -> None:

@@ -129,6 +129,7 @@ VIEWS = [
     "run/one/curves",
     "run/one/groups",
     "run/one/replies",
+    "run/one/playground",
     "run/one/evaluation",
     "run/one/settings",
     "run/one/report",

@@ -1,12 +1,7 @@
-"""The ranks of one run: who does which share of the work, and that all of them know the same afterwards. On one device it does nothing.
+"""Where ranks meet: who takes part, and that an error, a stop, or a rank that is gone or frozen ends all of them at the same place.
 
-Every rank runs the same program on the same state. What is heavy - sampling, scoring, gradients - is cut into shares (`share`), and its
-results are put together (`sum_`, `gather`), so that from there on all ranks hold the same again and decide alike. How many ranks there
-are changes who computes, never what.
-
-Ranks meet before anything is exchanged: each says over a key-value store that it has come, or why it does not, and rank 0 says to all
-whether to go on. So an error, a request to stop, or a rank that is gone or frozen ends all of them at the same place, with the same
-words; the exchange itself, which nobody can be called back from, begins only when all are there. Owns torch.distributed.
+Before anything is exchanged each rank says over a key-value store that it has come, or why it does not, and rank 0 says to all whether to
+go on. The exchange itself, which nobody can be called back from, begins only when all are there.
 """
 
 from __future__ import annotations
@@ -16,18 +11,15 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
 from gemma_grpo import stopping, watchdog
@@ -55,7 +47,6 @@ class _Ranks:
     meetings: int = 0
     waited: float = 0.0
     left: bool = False
-    hosts: list[str] = field(default_factory=list)
 
 
 _ranks = _Ranks()
@@ -115,7 +106,7 @@ def _join(timeout: float) -> None:
         timeout=patience,
     )
     _ranks.store, _ranks.timeout = PrefixStore(f"{start}/gemma-grpo", store), timeout
-    _ranks.hosts = gather(socket.gethostname(), "the start")
+    _ranks.store.set(f"host/{_ranks.rank}", socket.gethostname())
 
 
 @cache
@@ -171,6 +162,9 @@ def together(what: str) -> Iterator[None]:
         raise
     except BaseException as error:
         leave(error)
+        reason = _failure_behind(error)
+        if reason is not None:
+            raise reason from error
         raise
     meet(what)
 
@@ -208,12 +202,31 @@ def leave(error: BaseException) -> None:
         _wait([_key("verdict")] if not is_main() else [_key(number) for number in range(1, _ranks.world)], GRACE)
 
 
+def _failure_behind(error: BaseException) -> RankError | None:
+    """What another rank failed with, where this one was asked to stop for it: whoever started the ranks then ends all of them."""
+    if _ranks.world == 1 or not isinstance(error, stopping.Stopped):
+        return None
+    with suppress(dist.DistError):
+        for number in range(_ranks.world):
+            said = json.loads(_ranks.store.get(_key(number))) if _ranks.store.check([_key(number)]) else {}
+            if said.get("kind") == "failed":
+                return RankError(_named(number, said["text"]))
+    return None
+
+
+def _named(number: int, text: str) -> str:
+    """With its host, where that is another one's."""
+    host = ""
+    with suppress(dist.DistError):
+        if _ranks.store.check([f"host/{number}"]):
+            host = _ranks.store.get(f"host/{number}").decode()
+    return f"rank {number}{f' on {host}' if host not in ('', socket.gethostname()) else ''} {text}"
+
+
 def _error(verdict: dict[str, Any]) -> BaseException:
     if verdict["kind"] == "stopped":
         return stopping.Stopped(verdict["text"])
-    number = verdict["rank"]
-    on = f" on {_ranks.hosts[number]}" if len(set(_ranks.hosts)) > 1 else ""
-    return RankError(f"rank {number}{on} {verdict['text']}")
+    return RankError(_named(verdict["rank"], verdict["text"]))
 
 
 def _key(name: object) -> str:
@@ -295,7 +308,7 @@ def _wait(keys: Sequence[str], seconds: float) -> bool:
 
 
 @contextmanager
-def _exchanging(what: str) -> Iterator[None]:
+def exchanging(what: str) -> Iterator[None]:
     """Around an exchange of those who have met. Where it breaks, whoever does not come to a last meeting is who broke it."""
     meet(what)
     try:
@@ -310,94 +323,3 @@ def _exchanging(what: str) -> Iterator[None]:
         if found["kind"] != "go":
             raise _error(found) from error
         raise RankError(f"an exchange failed, {_at(what)}: {error}") from error
-
-
-# ---- shares and exchanges
-
-
-def share(costs: Sequence[float]) -> list[int]:
-    """Numbers of the items that are this rank's, so that all ranks have about the same cost: the dearest first, to who has least."""
-    return shares(costs, _ranks.world)[_ranks.rank]
-
-
-def shares(costs: Sequence[float], count: int) -> list[list[int]]:
-    """The same for every one of `count` ranks."""
-    loads, found = [0.0] * count, [list[int]() for _ in range(count)]
-    for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
-        least = min(range(count), key=loads.__getitem__)
-        loads[least] += costs[item]
-        found[least].append(item)
-    return [sorted(items) for items in found]
-
-
-def gather(value: Any, what: str) -> list[Any]:
-    """What each rank has, by rank, on all of them: JSON values."""
-    if _ranks.world == 1:
-        return [value]
-    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    with _exchanging(what):
-        sizes = [torch.zeros(1, dtype=torch.long) for _ in range(_ranks.world)]
-        dist.all_gather(sizes, torch.tensor([len(content)]))
-        width = int(max(sizes))
-        found = [torch.zeros(width, dtype=torch.uint8) for _ in sizes]
-        dist.all_gather(found, torch.nn.functional.pad(content, (0, width - len(content))))
-    return [json.loads(bytes(one[: int(size)].numpy())) for one, size in zip(found, sizes, strict=True)]
-
-
-def from_main(value: Any, what: str) -> Any:
-    """What rank 0 has, on all ranks: a JSON value."""
-    return gather(value if is_main() else None, what)[0]
-
-
-def sum_(tensors: Sequence[Tensor], what: str) -> None:
-    """Replace each tensor by the sum of all ranks', in place; to the bit the same on all of them."""
-    if _ranks.world == 1:
-        return
-    kinds = sorted(range(len(tensors)), key=lambda n: (str(tensors[n].dtype), str(tensors[n].device)))
-    for _, group in groupby(kinds, key=lambda n: (tensors[n].dtype, tensors[n].device)):
-        some = [tensors[n] for n in group]
-        flat = torch.cat([tensor.reshape(-1) for tensor in some])
-        with _exchanging(what):
-            dist.all_reduce(flat)
-        for tensor, part in zip(some, flat.split([tensor.numel() for tensor in some]), strict=True):
-            tensor.copy_(part.view_as(tensor))
-
-
-def sum_by_name(values: Mapping[str, float], what: str) -> dict[str, float]:
-    """The sums over all ranks, of whatever each of them has a number for."""
-    if _ranks.world == 1:
-        return dict(values)
-    total: dict[str, float] = {}
-    for found in gather(values, what):  # in the ranks' order, so that all add up alike
-        for name, value in found.items():
-            total[name] = total.get(name, 0.0) + value
-    return total
-
-
-def copy_from_main(source: Path | None, target: Path, names: Sequence[str]) -> None:
-    """Files of rank 0's folder `source` into the folder `target` of every other rank: those of `names` that there are."""
-    if _ranks.world == 1:
-        return
-    there = from_main([name for name in names if source is not None and (source / name).is_file()], "sharing files")
-    for name in there:
-        content = _bytes_from_main((source / name).read_bytes() if source is not None and is_main() else b"")
-        if not is_main():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            (target / name).write_bytes(content)
-
-
-def _bytes_from_main(content: bytes) -> bytes:
-    size = int(from_main(len(content), "sharing files"))
-    buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8) if is_main() and size else torch.zeros(size, dtype=torch.uint8)
-    if size:
-        with _exchanging("sharing files"):
-            dist.broadcast(buffer, src=0)
-    return bytes(buffer.numpy())
-
-
-def agree(value: str, what: str) -> None:
-    """Raise RankError unless all ranks have the same text; `what` says what it is of."""
-    found = gather(value, what)
-    other = next((number for number, one in enumerate(found) if one != found[0]), None)
-    if other is not None:
-        raise RankError(f"rank {other} has another {what} than rank 0. All ranks must read the same files with the same library versions.")

@@ -1,0 +1,30 @@
+"""The ranks of one run: who does which share of the work, and that all of them know the same afterwards. On one device it does nothing.
+
+Every rank runs the same program on the same state. What is heavy - sampling, scoring, gradients - is cut into shares (`share`), and its
+results are put together (`sum_`, `gather`), so that from there on all ranks hold the same again and decide alike. How many ranks there
+are changes who computes, never what. Owns torch.distributed.
+"""
+
+from gemma_grpo.distributed.exchange import agree, copy_from_main, from_main, gather, share, shares, sum_, sum_by_name
+from gemma_grpo.distributed.meeting import GRACE, RankError, is_main, joined, leave, meet, rank, seconds_waited, together, world
+
+__all__ = [
+    "GRACE",
+    "RankError",
+    "agree",
+    "copy_from_main",
+    "from_main",
+    "gather",
+    "is_main",
+    "joined",
+    "leave",
+    "meet",
+    "rank",
+    "seconds_waited",
+    "share",
+    "shares",
+    "sum_",
+    "sum_by_name",
+    "together",
+    "world",
+]
