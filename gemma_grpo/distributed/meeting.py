@@ -25,6 +25,8 @@ from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defin
 from gemma_grpo import stopping, watchdog
 from gemma_grpo.launched import world_size
 
+STARTING = 120.0
+"""Seconds, at least, that ranks wait for each other at the start: a machine may take long to load its libraries."""
 GRACE = 3.0
 """Seconds that a rank which ends waits for the others to have heard why."""
 _SLICE = 0.1
@@ -95,15 +97,15 @@ def _join(timeout: float) -> None:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    patience = timedelta(seconds=timeout)
-    store, _ranks.rank, _ranks.world = _meeting_place(patience)
-    start = _this_start(store, timeout)
+    starting = max(timeout, STARTING)
+    store, _ranks.rank, _ranks.world = _meeting_place(timedelta(seconds=starting))
+    start = _this_start(store, starting)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         store=PrefixStore(f"{start}/torch", store),
         rank=_ranks.rank,
         world_size=_ranks.world,
-        timeout=patience,
+        timeout=timedelta(seconds=timeout),
     )
     _ranks.store, _ranks.timeout = PrefixStore(f"{start}/gemma-grpo", store), timeout
     _ranks.store.set(f"host/{_ranks.rank}", socket.gethostname())
@@ -140,7 +142,7 @@ def _this_start(store: Any, timeout: float) -> str:
             if said == told and store.check([f"yes/{told}/{number}" for number in numbers]):
                 return said
         time.sleep(0.01)
-    raise RankError(f"not all of the {_ranks.world} ranks came within {timeout:g} s (ranks.timeout_seconds). Look at what they say.")
+    raise RankError(f"not all of the {_ranks.world} ranks came within {timeout:g} s. Look at what they say.")
 
 
 def _part() -> None:
