@@ -20,7 +20,7 @@ srun --kill-on-bad-exit=1 torchrun \
   --nnodes="$SLURM_NNODES" --nproc-per-node="$SLURM_GPUS_ON_NODE" --max-restarts=2 \
   --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$host:29500" \
   -m gemma_grpo train "$recipe" "output_dir=$folder" || code=$?
-if [ "$code" -ne 0 ] && ! grep -q '"status": "finished"' "$folder/run.json" && grep -q '"status": "stopped"' "$folder/run.json"; then
+if [ "$code" -ne 0 ] && grep -q '"status": "stopped"' "$folder/run.json"; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

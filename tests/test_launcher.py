@@ -157,3 +157,13 @@ def test_the_doctor_asks_the_ranks(lab: Lab) -> None:
     assert not list(lab.folder.glob(".gemma-grpo-*"))
     refused = subprocess.run([*words, "no"], cwd=lab.folder, capture_output=True, text=True, timeout=60, check=False)
     assert (refused.returncode, "Give a number" in refused.stderr) == (2, True)
+
+
+def test_the_reward_alone_is_trained_by_ranks_too(lab: Lab) -> None:
+    settings = ["reward_model.max_pairs=8", "reward_model.batch_size=4", "gpus=2", f"output_dir={lab.folder / 'judge'}"]
+    command = [sys.executable, "-m", "gemma_grpo.cli", "train-reward", "recipe.yaml", *settings]
+    process = subprocess.Popen(command, cwd=lab.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    code, out, err = lab.end(process)
+    assert code == 0, err
+    assert out.count(f"reward adapter: {lab.folder / 'judge' / 'reward'}") == 1
+    assert (lab.folder / "judge" / "reward" / "calibration.json").is_file()

@@ -67,13 +67,17 @@ def train(
 
 def train_reward(
     recipe: Recipe, overrides: Overrides = None, force: Force = False, allow_code: AllowCode = None, code_sha256: CodeHash = None
-) -> None:
+) -> int:
     """Train only the reward adapter on the preference pairs, and measure it on held-out ones; a training in output_dir goes on."""
-    output = load_recipe(recipe, parse_overrides(overrides or [], recipe)).output_dir
+    config = load_recipe(recipe, parse_overrides(overrides or [], recipe))
+    if config.gpus > 1 and world_size() == 1:
+        return start_ranks(config)
+    output = config.output_dir
     goes_on = output is not None and (Path(output) / "recipe.yaml").is_file()
     trainer = _trainer(recipe, overrides, code=allowed_code(allow_code, code_sha256, Path(output) if goes_on and output else None))
     calibration = trainer.train_reward(resume_from_checkpoint=goes_on, force=force)
     say(*reward_lines(calibration), f"reward adapter: {trainer.run_dir / 'reward'}")
+    return 0
 
 
 def evaluate(

@@ -6,7 +6,7 @@ are changes who computes, never what. Owns torch.distributed.
 """
 
 from gemma_grpo.distributed.exchange import agree, copy_from_main, from_main, gather, share, shares, sum_, sum_by_name
-from gemma_grpo.distributed.meeting import GRACE, RankError, is_main, joined, leave, meet, rank, seconds_waited, together, world
+from gemma_grpo.distributed.meeting import GRACE, RankError, is_main, joined, meet, rank, seconds_waited, together, world
 
 __all__ = [
     "GRACE",
@@ -17,7 +17,6 @@ __all__ = [
     "gather",
     "is_main",
     "joined",
-    "leave",
     "meet",
     "rank",
     "seconds_waited",

@@ -87,6 +87,9 @@ class Preparation:
                 )
             if not distributed.is_main():
                 self.view = ProgressView.silent()
+            if distributed.world() == 1 and self.config.gpus > 1:
+                how = f"start the script by torchrun --nproc-per-node {self.config.gpus}, or use `gemma-grpo train`"
+                self.view.warn(f"gpus is {self.config.gpus}, and this process works alone: {how}.")
             yield
 
     @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TinyRun
 from ranks import COMMON, assert_same, ended, lines, start_ranks
 from safetensors.torch import load_file
 
@@ -102,3 +103,8 @@ def test_a_rank_whose_weights_are_other_than_the_first_ones_ends_the_run(small_m
     idle = [line["idle"] for line in lines(tmp_path / "run", "events.jsonl") if line["kind"] == "ranks"]
     assert len(idle) == 1
     assert all(0 <= share < 1 for share in idle[0])
+
+
+def test_a_script_that_nobody_launched_is_told_so(train_tiny: Callable[..., TinyRun], capsys: pytest.CaptureFixture[str]) -> None:
+    train_tiny(gpus=2, max_steps=1)
+    assert "gpus is 2, and this process works alone: start the script by torchrun --nproc-per-node 2" in capsys.readouterr().out
