@@ -165,7 +165,7 @@ def package_checks() -> Iterator[Check]:
 
 
 def torch_build() -> str:
-    """"cpu", "CUDA 12.8" or "ROCm 6.2" of the installed torch, "" without one: read from its version file, not imported."""
+    """ "cpu", "CUDA 12.8" or "ROCm 6.2" of the installed torch, "" without one: read from its version file, not imported."""
     spec = find_spec("torch")
     if spec is None or not spec.origin:
         return ""

@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from gemma_grpo.config.schema import RanksSettings
+from gemma_grpo.config.machine import RanksSettings
 from gemma_grpo.stopping import EXIT_CODE
 
 

@@ -23,8 +23,8 @@ from gemma_grpo.checkpoint import Checkpoint, CheckpointError, latest_checkpoint
 
 RESULTS = Path(__file__).parent / "results"
 KEEP = 2
-SAVES = 4.0
-"""How many saves take as long as the longest wait for a kill."""
+MOST_SAVES = 3
+"""Saves that a writer may finish before it is killed."""
 WEIGHTS = "adapter_model.safetensors"
 SIZES = (200, 3000, 40_000)
 """Numbers in the optimizer's tensors, by turns: saves of different lengths."""
@@ -64,8 +64,8 @@ def _seconds_of_a_save(folder: Path) -> float:
     return (time.perf_counter() - started) / 6
 
 
-def one_kill(folder: Path, first: int, wait: float) -> int:
-    """Start a writer, kill it; the last step that it said was saved, `first` - 1 when none."""
+def one_kill(folder: Path, first: int, saves: int, wait: float) -> int:
+    """Start a writer, kill it `wait` seconds after so many saves; the last step that it said was saved, `first` - 1 when none."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -75,7 +75,11 @@ def one_kill(folder: Path, first: int, wait: float) -> int:
         finally:
             os._exit(1)
     os.close(writing)
-    said = os.read(reading, 8)  # on a busy machine it may be long before it runs at all
+    said = b""
+    while len(said) < 8 * (saves + 1):  # counted, not timed: on a busy machine it may be long before it runs at all
+        part = os.read(reading, 8)
+        assert part, "the writer ended by itself: it could not save"
+        said += part
     time.sleep(wait)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
@@ -108,9 +112,9 @@ def run(kills: int, seed: int) -> dict[str, Any]:
     started, step = time.perf_counter(), 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "checkpoints"
-        longest = SAVES * _seconds_of_a_save(Path(temporary) / "timed")
+        one_save = _seconds_of_a_save(Path(temporary) / "timed")
         for kill in range(kills):
-            saved = one_kill(folder, step + 1, generator.uniform(0, longest))
+            saved = one_kill(folder, step + 1, generator.randint(0, MOST_SAVES), generator.uniform(0, one_save))
             leftovers += any(path.name.startswith(".") for path in folder.iterdir()) if folder.is_dir() else 0
             if kill % 2:  # the next writer has to manage without
                 sweep(folder)

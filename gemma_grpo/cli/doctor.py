@@ -39,7 +39,7 @@ def doctor(
 
 def _start_ranks(gpus: str) -> int:
     """The same command in a process for each GPU."""
-    from gemma_grpo.config.schema import RanksSettings
+    from gemma_grpo.config.machine import RanksSettings
     from gemma_grpo.launcher import launch, number_of_cards
 
     if gpus != "all" and not (gpus.isdecimal() and int(gpus)):

@@ -1,5 +1,6 @@
 """Settings: what they mean (schema.py) and how a recipe is read (recipe.py). Loads no torch."""
 
+from gemma_grpo.config.machine import MemorySettings
 from gemma_grpo.config.problems import ConfigError, Problem
 from gemma_grpo.config.recipe import build_config, dump_recipe, load_recipe, parse_overrides
 from gemma_grpo.config.schema import (
@@ -11,7 +12,6 @@ from gemma_grpo.config.schema import (
     KLSettings,
     LoraSettings,
     LossSettings,
-    MemorySettings,
     OptimizerSettings,
     RewardFunctionSettings,
     RewardModelSettings,

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from gemma_grpo.config.base import Stage
 from gemma_grpo.config.document import MAX_BYTES, KeyPath, read_document, read_scalar, write_document
 from gemma_grpo.config.problems import ALIASES, ConfigError, Problem, explain, field_of, not_a_truth_value
-from gemma_grpo.config.schema import GRPOConfig, Stage
+from gemma_grpo.config.schema import GRPOConfig
 from gemma_grpo.config.shipped import find_recipe
 from gemma_grpo.escapes import printable
 

@@ -8,27 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from gemma_grpo.config.base import TOO_MANY, Count, Fraction, NonNegative, Positive, Stage, Whole
+from gemma_grpo.config.machine import MemorySettings, RanksSettings, WatchdogSettings
 from gemma_grpo.redact import holds_secret
-
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-TOO_MANY = 10**18
-"""No whole number here reaches it: recipes are read with up to 18 digits, and nothing counts as far."""
-Count = Annotated[int, Field(ge=1, lt=TOO_MANY)]
-Whole = Annotated[int, Field(ge=0, lt=TOO_MANY)]
-
-
-class Stage(BaseModel):
-    """Base of every stage's settings."""
-
-    # hide_input_in_errors: pydantic's own text would quote a secret that was given by mistake
-    # allow_inf_nan: no setting means anything without a size, and a recipe writes .inf as a text that it reads back as a tag
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), hide_input_in_errors=True, allow_inf_nan=False
-    )
 
 
 class LoraSettings(Stage):
@@ -221,37 +205,6 @@ class RewardFunctionSettings(Stage):
     """A call that fails or is late, a score that cannot be used: stop the run, or leave those completions unscored and count them."""
     max_skipped: Fraction = 0.5
     """Share of a step's completions that may be skipped; above it the run stops."""
-
-
-class MemorySettings(Stage):
-    """How much is held at a time. It decides speed and memory, never the result: gradients and completions stay the same."""
-
-    limit_gib: Positive | None = None
-    """Device memory this run may use, GiB (2^30 bytes); null takes what the card (or without one the machine) has."""
-    token_budget: Count | None = None
-    """Tokens of one forward and backward pass, prompt and completions; null takes what batch_size full groups hold, if it fits."""
-    kv_token_budget: Count | None = None
-    """Tokens of keys and values held at a time while sampling; null samples a whole step's prompts together, if they fit."""
-
-
-class WatchdogSettings(Stage):
-    """Says what is waited for when a phase of a step takes far longer than it used to; it never ends anything."""
-
-    factor: Annotated[float, Field(gt=1)] | None = 10.0
-    """Times its own median that a phase may take before a line says so; null switches the watchdog off."""
-    floor_seconds: Positive = 60.0
-    """No line before so many seconds; ten times as many for a phase whose usual length is not known yet."""
-
-
-class RanksSettings(Stage):
-    """How several processes work on one run. None of it changes what is computed."""
-
-    timeout_seconds: Positive = 600.0
-    """How much later than the others a rank may have done its share before it is given up."""
-    grace_seconds: Positive = 60.0
-    """What ranks that were asked to stop have to save in, before they are killed."""
-    max_restarts: Whole = 0
-    """Times that all are started again after one has failed, to go on from the last checkpoint."""
 
 
 class DataSettings(Stage):
