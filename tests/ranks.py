@@ -57,6 +57,7 @@ def ended(ranks: Sequence[subprocess.Popen[str]], timeout: float = 120.0) -> lis
 COMMON: dict[str, Any] = {
     **{"batch_size": 2, "gradient_accumulation_steps": 2, "num_generations": 3, "learning_rate": 3e-3, "max_completion_length": 10},
     **{"gradient_checkpointing": False, "data.holdout": 0.25, "judge.least_accuracy": 0.0, "watchdog.factor": None},
+    **{"epochs": 3.0, "optimizer.schedule": "constant"},  # so that a run that is told to end earlier begins as a longer one does
     **{"witness.look_alikes": 2, "witness.num_prompts": 3, "witness.every": 3, "evaluation.num_prompts": 3, "advantage.no_signal_steps": 0},
 }
 """Of a small run with looks and an evaluation, whose steps have four prompts."""
@@ -84,7 +85,8 @@ def assert_close(one: Any, other: Any, tolerance: float, where: str = "") -> Non
 
 def assert_same(run: Path, expected: Path, tolerance: float = 1e-6) -> None:
     """Samples and rewards, metrics, looks, evaluation, adapter."""
-    for name in ("samples.jsonl", "witnesses.jsonl", "metrics.jsonl"):
+    looked = ["witnesses.jsonl"] if (expected / "witnesses.jsonl").is_file() else []
+    for name in ("samples.jsonl", *looked, "metrics.jsonl"):
         loose = 1e-5 if name != "samples.jsonl" else 2e-3  # log-ratios are rounded to three digits
         assert_close(lines(run, name), lines(expected, name), loose, name)
     # Adam does not see how large a gradient is: a wrong denominator would show here alone

@@ -279,6 +279,8 @@ class GRPOConfig(Stage):
     """Weights of the frozen base: auto takes bf16 where a GPU has units for it, else fp16 rescaled by a power of two; fp32 on a CPU."""
     quantization: Literal["none", "nf4"] = "none"
     """nf4 keeps the base's linear layers in 4 bits (QLoRA, arXiv:2305.14314); the embedding stays as precision says."""
+    sharding: Literal["auto", "none", "full"] = "auto"
+    """Whether ranks share out the base's layers, each keeping a part (FSDP2); auto does so where the whole base does not fit a card."""
     gradient_checkpointing: bool = True
     """Recompute each layer in the backward pass: memory for about a third more time."""
     lora: LoraSettings = LoraSettings()
@@ -315,6 +317,8 @@ class GRPOConfig(Stage):
         self._kl_can_be_kept()
         if self.advantage.aggregation == "gdpo" and self.kl.placement == "reward":
             raise ValueError("advantage.aggregation is gdpo, which normalises each reward alone: KL cannot be one. Use kl.placement=loss.")
+        if self.sharding == "full" and self.quantization != "none":
+            raise ValueError("sharding is full, and a quantised base is never shared out. Use sharding=none, or quantization=none.")
         if self.reward is not None and not self.reward:
             raise ValueError("reward names no reward. Leave it out for the trained generative reward, or name one.")
         return self

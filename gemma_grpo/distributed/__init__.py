@@ -6,18 +6,37 @@ are changes who computes, never what. Owns torch.distributed.
 """
 
 from gemma_grpo.distributed.exchange import agree, copy_from_main, from_main, gather, share, shares, sum_, sum_by_name
-from gemma_grpo.distributed.meeting import GRACE, RankError, is_main, joined, meet, rank, seconds_waited, together, world
+from gemma_grpo.distributed.meeting import (
+    GRACE,
+    RankError,
+    base_for_sampling,
+    is_main,
+    is_sharded,
+    joined,
+    meet,
+    rank,
+    seconds_waited,
+    together,
+    world,
+)
+from gemma_grpo.distributed.sharding import Pass, ShardedLayers, here, own_part
 
 __all__ = [
     "GRACE",
+    "Pass",
     "RankError",
+    "ShardedLayers",
     "agree",
+    "base_for_sampling",
     "copy_from_main",
     "from_main",
     "gather",
+    "here",
     "is_main",
+    "is_sharded",
     "joined",
     "meet",
+    "own_part",
     "rank",
     "seconds_waited",
     "share",

@@ -12,7 +12,7 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -49,6 +49,8 @@ class _Ranks:
     meetings: int = 0
     waited: float = 0.0
     left: bool = False
+    sharded: Any = None
+    """The layers that are shared out (sharding.py), if any are."""
 
 
 _ranks = _Ranks()
@@ -152,6 +154,21 @@ def _part() -> None:
         dist.destroy_process_group()
 
 
+def is_sharded() -> bool:
+    """Whether ranks share out the base's layers: a pass of one is then a pass of all."""
+    return _ranks.sharded is not None
+
+
+def base_for_sampling() -> AbstractContextManager[None]:
+    """Around sampling by all ranks: with the whole base, where it is shared out and was wanted whole."""
+    return nullcontext() if _ranks.sharded is None else _ranks.sharded.sampling()
+
+
+def set_sharded(layers: Any) -> None:
+    """From now on who has done its share of something goes on gathering (`layers.join`) until all have."""
+    _ranks.sharded = layers
+
+
 # ---- meeting
 
 
@@ -160,6 +177,8 @@ def together(what: str) -> Iterator[None]:
     """Around a share of the work: whoever fails in it tells the others, who raise RankError, or Stopped where it was asked to stop."""
     try:
         yield
+        if _ranks.sharded is not None:
+            _ranks.sharded.join()
     except GeneratorExit:  # whoever took its results has ended, and will say why
         raise
     except BaseException as error:

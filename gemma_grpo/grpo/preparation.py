@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gemma_grpo import distributed, watchdog
 from gemma_grpo.config import GRPOConfig, dump_recipe
@@ -186,7 +186,12 @@ class Preparation:
         preflight.hold_to_limit(config)
         self.view.phase("loading", config.model_name)
         self.model = Gemma.load(
-            config.model_name, lora=config.lora, precision=config.precision, quantization=config.quantization, seed=config.seed
+            config.model_name,
+            lora=config.lora,
+            precision=config.precision,
+            quantization=config.quantization,
+            seed=config.seed,
+            sharding=self._sharding(plan),
         )
         self.judges = Judges(self.model, config)
         if config.gradient_checkpointing:
@@ -206,6 +211,18 @@ class Preparation:
         if self._must_train_reward:
             preflight.check_pairs_are_left(rows, self.data, config)
         self._prepared = True
+
+    def _sharding(self, plan: Plan) -> Literal["none", "layers", "whole"]:
+        """As planned, where there are ranks to share the base out to. Raises RankError where their cards lead to other plans."""
+        if distributed.world() == 1 or not plan.sharding.active:
+            found: Literal["none", "layers", "whole"] = "none"
+        else:
+            found = "whole" if plan.sharding.whole_while_sampling else "layers"
+        plans = distributed.gather(found, "planning")
+        if len(set(plans)) > 1:
+            each = ", ".join(f"rank {number} {one}" for number, one in enumerate(plans))
+            raise distributed.RankError(f"the ranks' memory leads to different plans for sharing out the base: {each}. Set sharding.")
+        return found
 
     def _read_rows(self, *, force: bool) -> Rows:
         """The dataset's rows, read once. A released model's size is known without asking anybody: what cannot fit reads none."""

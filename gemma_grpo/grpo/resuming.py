@@ -25,7 +25,7 @@ from gemma_grpo.monitor.events import RunDirectory
 from gemma_grpo.run_layout import LOOKS, METRICS
 
 MAY_CHANGE = (
-    *("epochs", "max_steps", "max_minutes", "save_steps", "keep_checkpoints", "gpus"),
+    *("epochs", "max_steps", "max_minutes", "save_steps", "keep_checkpoints", "gpus", "sharding"),
     *("evaluation.num_", "memory.", "watchdog.", "ranks.", "reward_function.", "data.strict"),
 )
 """Settings that leave the steps already made as they are; a dot at the end stands for a whole section."""

@@ -35,7 +35,11 @@ class Decoder:
         decoder = model.causal_lm.model
         self.embed = decoder.embed_tokens
         self.kinds: list[str] = list(model.config.layer_types or ())
-        self.layers = [_Layer(layer) for layer in decoder.layers]
+        self.model, self.layers = model, list[_Layer]()
+        model.begin_pass()
+        for index, layer in enumerate(decoder.layers):
+            with model.layer_gathered(index):  # a layer's weights stay the same tensors, filled anew when they are gathered
+                self.layers.append(_Layer(layer))
         self.norm = _Norm(decoder.norm)
         positions = torch.arange(max_position, device=model.device)[None]
         like = model.head_weight[:1]
@@ -46,9 +50,11 @@ class Decoder:
         positions = cache.begin(extent)
         angles = {kind: (cos[positions], sin[positions]) for kind, (cos, sin) in self.rotary.items()}
         stream = self.embed(ids)
+        self.model.begin_pass()
         for index, layer in enumerate(self.layers):
             cos, sin = angles[self.kinds[index]]
-            stream = layer(stream, cos, sin, partial(cache.attend, index, layer.scaling))
+            with self.model.layer_gathered(index):
+                stream = layer(stream, cos, sin, partial(cache.attend, index, layer.scaling))
         cache.end()
         return self.norm(stream)
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -20,13 +20,14 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor
 from transformers import AutoTokenizer, Gemma3ForCausalLM, PreTrainedTokenizerBase
 
+from gemma_grpo import distributed
 from gemma_grpo.access import checkpoint_folder
 from gemma_grpo.config.schema import LoraSettings
 from gemma_grpo.data.batch import pad_groups
 from gemma_grpo.data.chat import BOS_ID, END_OF_TURN_ID, START_OF_TURN_ID
 from gemma_grpo.model.adapters import adapter_files, one_line, read_adapter, write_adapter
 from gemma_grpo.model.attention import ATTENTION_NAME, GroupLayout
-from gemma_grpo.model.loading import check_tokenizer_files, check_weight_files, empty_decoder, fill_decoder
+from gemma_grpo.model.loading import check_tokenizer_files, check_weight_files, empty_decoder, fill_decoder, share_out
 from gemma_grpo.model.memory import TokenBudget, explaining_exhaustion
 from gemma_grpo.model.precision import base_dtype, choose_divisor, default_device, float32_logits, rescale_residual
 from gemma_grpo.model.quantization import Quantizer
@@ -54,6 +55,8 @@ class Gemma:
         """How many tokens a pass over completions may hold; sampling has a limit of its own (rollout/local.py)."""
         self.checksums: Mapping[str, str] = {}
         """Of the base's tensors as they are stored, by name; empty for a model that was not loaded from files."""
+        self.sharded: distributed.ShardedLayers | None = None
+        """The ranks' shares of the base's layers; None where each rank, or the only one, has all of it."""
         self._lora, self._seed = lora, seed
         with torch.random.fork_rng(devices=[]), _quiet():
             # seeded: the adapter's start is part of the run, whatever drew random numbers before
@@ -89,11 +92,13 @@ class Gemma:
         quantization: str = "none",
         device: torch.device | None = None,
         seed: int = 0,
+        sharding: Literal["none", "layers", "whole"] = "none",
     ) -> Gemma:
         """A checkpoint by hub id or folder, "miniature" for the shipped one; text decoder only, safetensors only, no remote code.
 
         Raises AccessError when it cannot be had, ValueError naming what is wrong with it: not a Gemma 3, custom code in the config,
         pickled weights, tensors missing or not finite, turn tokens elsewhere. In float16 `fit_precision` comes before the first pass.
+        With `sharding` each rank keeps its part of the layers, and samples with layers gathered one by one, or with the whole base.
         """
         device = device or default_device()
         dtype = base_dtype(precision, device)
@@ -109,12 +114,20 @@ class Gemma:
         tokenizer = _load_tokenizer(folder)
         _check_tokenizer(tokenizer, name)
         with explaining_exhaustion(f"out of memory on {device} while loading {name}. {_ROOM}"):
+            sharded = None if sharding == "none" else share_out(base, dtype, device, whole_while_sampling=sharding == "whole")
             checksums = fill_decoder(base, folder, dtype=dtype, device=device, quantizer=quantizer)
         # peft asks for it before it wraps a 4-bit layer as one
         base.is_loaded_in_4bit = quantizer is not None  # type: ignore[assignment]
         model = cls(base, tokenizer, name=name, lora=lora, seed=seed)
-        model.checksums = checksums
+        model.checksums, model.sharded = checksums, sharded
+        if sharded is not None:
+            model._first_pass()
         return model
+
+    @torch.no_grad()
+    def _first_pass(self) -> None:
+        """Of one token, by all ranks: FSDP finds its order in it, and what it made in inference mode could not be learned with."""
+        self.hidden_states(GroupLayout(pad_groups([[BOS_ID]], [[()]]).to(self.device)))
 
     def fit_precision(self, prompts: Sequence[Sequence[int]], *, divisor: float | None = None) -> dict[str, float]:
         """Rescale a float16 base so that it holds these prompts (token ids) with headroom; what the probe found, {} at other dtypes.
@@ -171,11 +184,27 @@ class Gemma:
 
     def hidden_states(self, layout: GroupLayout) -> Float[Tensor, "T D"]:
         """Final hidden states (before the head) of the tokens of a layout, in its packed order."""
+        if self.sharded is not None:
+            self.sharded.begin(distributed.Pass.WITH_BACKWARD if self._role[1] and torch.is_grad_enabled() else distributed.Pass.FORWARD)
         # masks come from the layout: an empty mapping keeps transformers from building its own dense ones
         no_masks = {"full_attention": None, "sliding_attention": None}
         inputs = {"input_ids": layout.input_ids, "position_ids": layout.position_ids}
         hidden: Tensor = self.causal_lm.model(**inputs, attention_mask=no_masks, use_cache=False, layout=layout).last_hidden_state
         return hidden.flatten(0, 1)
+
+    @property
+    def gathers_layers(self) -> bool:
+        """Whether a layer's weights are whole only inside `layer_gathered`."""
+        return self.sharded is not None and self.sharded.in_layers
+
+    def begin_pass(self) -> None:
+        """Before the layers are taken one by one, without gradients: other ranks may have to gather them too."""
+        if self.sharded is not None:
+            self.sharded.begin(distributed.Pass.FORWARD)
+
+    def layer_gathered(self, index: int) -> AbstractContextManager[None]:
+        """The whole weights of one decoder layer; all of them in order, after `begin_pass`."""
+        return nullcontext() if self.sharded is None else self.sharded.layer(index)
 
     def logits(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:
         """Scores over the vocabulary, float32. Makes all of them at once: for a few rows only."""
@@ -188,7 +217,8 @@ class Gemma:
     def not_finite(self) -> str | None:
         """Name of the first weight, adapters' before the base's, that is NaN or infinite; None when all are finite."""
         named = sorted(self.causal_lm.named_parameters(), key=lambda item: "lora_" not in item[0])
-        return next((name for name, weight in named if weight.is_floating_point() and not torch.isfinite(weight).all()), None)
+        parts = ((name, distributed.here(weight)) for name, weight in named)
+        return next((name for name, weight in parts if weight.is_floating_point() and not torch.isfinite(weight).all()), None)
 
     def adapter_files(self, role: AdapterRole) -> dict[str, bytes]:
         """One adapter as the files of a PEFT folder, by name: loadable by PeftModel.from_pretrained."""

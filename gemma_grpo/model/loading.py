@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 
+from gemma_grpo import distributed
 from gemma_grpo.model.memory import release
 from gemma_grpo.model.precision import FP16_MAX, trained_embed_scale
 from gemma_grpo.model.quantization import Quantizer
@@ -89,6 +90,20 @@ def check_tokenizer_files(folder: Path) -> None:
         _refuse_own_code(path, _read_json(path))
 
 
+def share_out(
+    model: Gemma3ForCausalLM, dtype: torch.dtype, device: torch.device, *, whole_while_sampling: bool
+) -> distributed.ShardedLayers:
+    """Give this rank room for its part of an empty decoder's layers; `fill_decoder` fills it. Embedding and last norm stay whole."""
+    layers = list(model.model.layers)
+    model.requires_grad_(False)
+    for layer in layers:
+        layer.to(dtype)
+    sharded = distributed.ShardedLayers(model.model, layers, device, whole_while_sampling=whole_while_sampling)
+    for layer in layers:
+        layer.to_empty(device=device)
+    return sharded
+
+
 def fill_decoder(
     model: Gemma3ForCausalLM, folder: Path, *, dtype: torch.dtype, device: torch.device, quantizer: Quantizer | None = None
 ) -> dict[str, str]:
@@ -111,8 +126,10 @@ def fill_decoder(
             del weight
             release(torch.device("cpu"))  # where it was read
         else:
-            weight, checksums[name] = _read(found[name], wanted, device)
-            setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
+            shared_out = not module.get_parameter(leaf).is_meta  # only what is shared out has room already
+            weight, checksums[name] = _read(found[name], wanted, torch.device("cpu") if shared_out else device)
+            if not distributed.own_part(module.get_parameter(leaf), weight):
+                setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
             del weight
     model.tie_weights()
     _fill_buffers(model, device, stored=found["model.embed_tokens.weight"].dtype)

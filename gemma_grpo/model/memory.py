@@ -71,7 +71,7 @@ class TokenBudget:
                 if not is_out_of_memory(error):
                     raise
                 _drop_frames(error)
-                if not _can_be_cut(piece, whole_groups):
+                if not _can_be_cut(piece, whole_groups) or distributed.is_sharded():  # others are in the middle of a gathering
                     raise DoesNotFitError(_too_large(piece, doing, device)) from error
             else:
                 yield waiting.pop(0), result
@@ -154,6 +154,11 @@ def _can_be_cut(piece: GroupBatch, whole_groups: bool) -> bool:
 def _too_large(piece: GroupBatch, doing: str, device: torch.device) -> str:
     group, length = piece.completion_ids.shape[1:]
     what = "one completion" if group == 1 else f"one group of {group} completions"
+    if distributed.is_sharded():
+        return (
+            f"out of memory on {device} while {doing}: a pass of {piece.num_tokens} tokens does not fit, and with a base that ranks share "
+            f"out it cannot be tried again in smaller pieces. Set memory.token_budget={max(1, piece.num_tokens // 2)}."
+        )
     return (
         f"out of memory on {device} while {doing}: {what} of {length} tokens after a prompt of {piece.prompt_ids.shape[1]} does not fit, "
         "and no smaller piece can be cut. Lower max_completion_length or max_prompt_length, set gradient_checkpointing=true or "

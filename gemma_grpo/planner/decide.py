@@ -10,9 +10,10 @@ from typing import Any
 from gemma_grpo.access import config_file
 from gemma_grpo.cards import GIB, Card, known_cards, number_format
 from gemma_grpo.config.schema import GRPOConfig
+from gemma_grpo.launched import world_size
 from gemma_grpo.planner.phases import PROGRAM, Budgets, Phase, Run
 from gemma_grpo.planner.plan import Plan, Suggestion
-from gemma_grpo.planner.terms import Numbers
+from gemma_grpo.planner.terms import NOT_SHARDED, Numbers, Sharding
 from gemma_grpo.shapes import ModelShape, known_shapes, shape_of
 
 HEADROOM = 0.9
@@ -40,11 +41,33 @@ def plan_run(
     """What a run holds on a card, phase by phase, with the budgets it shall use.
 
     `rewards` are the names of its rewards where the settings do not say (a function given in Python); `num_prompts` the training
-    prompts, once known. Raises ValueError when the card cannot do what precision asks.
+    prompts, once known. Raises ValueError when the card cannot do what precision or sharding asks.
     """
     names = frozenset(config.reward or DEFAULT_REWARDS) if rewards is None else frozenset(rewards)
     run = Run(config, shape, numbers_of(config, card), names)
-    limit = _limit(config, card)
+    for sharding in _shardings(run, card):
+        plan = _planned(replace(run, sharding=sharding), card, num_prompts)
+        if plan.fits:
+            break
+    return plan
+
+
+def _shardings(run: Run, card: Card) -> list[Sharding]:
+    """How the base may be shared out, what costs least time first."""
+    config, ranks = run.config, max(run.config.gpus, world_size())
+    if config.sharding == "full" and run.numbers.kind == "fp16_rescaled":
+        raise ValueError(
+            f"sharding is full, and on {card.name} the base is float16, whose passes are repeated at other scales: ranks could not keep "
+            "step. Use sharding=none with quantization=nf4, or precision=fp32."
+        )
+    shared = [Sharding(ranks, whole_while_sampling=whole) for whole in (True, False)]
+    if config.sharding == "none" or ranks == 1 or run.numbers.nf4 or run.numbers.kind == "fp16_rescaled":
+        return [NOT_SHARDED]
+    return shared if config.sharding == "full" else [NOT_SHARDED, *shared]
+
+
+def _planned(run: Run, card: Card, num_prompts: int | None) -> Plan:
+    config, limit = run.config, _limit(run.config, card)
     budgets = _decided(run, limit)
     plan = Plan(
         model_name=config.model_name,
@@ -52,6 +75,7 @@ def plan_run(
         precision=f"{run.numbers.kind}, linear layers in nf4" if run.numbers.nf4 else run.numbers.kind,
         lora=f"LoRA r={config.lora.r} on {_modules(config)}",
         limit_bytes=limit,
+        sharding=run.sharding,
         token_budget=budgets.tokens,
         kv_token_budget=budgets.kv_tokens,
         one_completion=run.smallest.tokens,
@@ -173,7 +197,9 @@ def _suggestions(run: Run, card: Card) -> list[Suggestion]:
     now, found = _smallest_peak(run), []
     for change, settings, shape in _alternatives(run, card):
         config = _changed(run.config, settings)
-        peak = _smallest_peak(Run(config, shape or run.shape, numbers_of(config, card), run.rewards))
+        numbers = numbers_of(config, card)
+        sharding = NOT_SHARDED if numbers.nf4 else run.sharding
+        peak = _smallest_peak(replace(run, config=config, shape=shape or run.shape, numbers=numbers, sharding=sharding))
         if now - peak > _WORTH_TELLING * now:
             found.append(Suggestion(change, now - peak, peak <= _limit(config, card)))
     wanted = run.config.memory.limit_gib

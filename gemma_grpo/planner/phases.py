@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from gemma_grpo.config.schema import GRPOConfig
 from gemma_grpo.planner import attention, sampling, terms
-from gemma_grpo.planner.terms import Numbers, Pass
+from gemma_grpo.planner.terms import NOT_SHARDED, Numbers, Pass, Sharding
 from gemma_grpo.room import Room
 from gemma_grpo.shapes import ModelShape
 
@@ -58,6 +58,7 @@ class Run:
     numbers: Numbers
     rewards: frozenset[str]
     """Names of the rewards; "generative" is trained unless reward_model.path is given, "judge" is the base's own verdict."""
+    sharding: Sharding = NOT_SHARDED
 
     @property
     def trains_reward(self) -> bool:
@@ -174,9 +175,9 @@ class Run:
         members = settings.members + settings.implicit_member
         return members * (2 if settings.per_source else 1) - 1 + bool(witness.share or witness.path)
 
-    def _phase(self, name: str, copies: int, *stages: Stage) -> Phase:
+    def _phase(self, name: str, copies: int, *stages: Stage, sampling: bool = False) -> Phase:
         fixed = {
-            BASE: terms.base_weights(self.shape, self.numbers),
+            BASE: terms.base_weights(self.shape, self.numbers, self.sharding, sampling=sampling),
             ADAPTERS: terms.adapters(self.shape, self.config.lora, copies + self._further_judges),
             PROGRAM: terms.program(self.shape, self.numbers),
         }
@@ -186,7 +187,7 @@ class Run:
 
     def _sampling(self, name: str, budgets: Budgets, groups: Mapping[int, int]) -> Phase:
         stages = [stage for group, prompts in groups.items() for stage in self._sampling_stages(group, prompts, budgets)]
-        return self._phase(name, terms.ADAPTER_COPIES, *stages)
+        return self._phase(name, terms.ADAPTER_COPIES, *stages, sampling=True)
 
     def _sampling_stages(self, group: int, prompts: int, budgets: Budgets) -> list[Stage]:
         """Prefill; drawing a token for every row; a layer of the next token."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from gemma_grpo.cards import GIB, Card
 from gemma_grpo.planner.phases import PARTS, Phase
+from gemma_grpo.planner.terms import Sharding
 
 ERROR = 0.1
 """The largest difference from a measured peak that the tests allow (tests/test_real_sizes.py)."""
@@ -36,6 +37,7 @@ class Plan:
     precision: str
     """Of the base on that card: fp32, bf16 or fp16_rescaled, followed by nf4 where the linear layers are quantised."""
     lora: str
+    sharding: Sharding
     limit_bytes: int
     token_budget: int
     """Tokens of one forward (and backward) pass."""
@@ -80,7 +82,14 @@ class Plan:
         return (
             f"memory: about {_gib(self.peak.total)} GiB at its peak ({self.peak.name}) of {_gib(self.limit_bytes)} GiB: {verdict}; "
             f"{self.token_budget} tokens a pass, {self.kv_token_budget} tokens of keys and values; {self.precision} on {self.card.name}"
+            f"{self._shared_out}"
         )
+
+    @property
+    def _shared_out(self) -> str:
+        """How the base is shared out, after what comes before; empty where it is not."""
+        how = "whole while sampling" if self.sharding.whole_while_sampling else "layer by layer, in each step of sampling too"
+        return f"; its layers shared out over {self.sharding.ranks} ranks, gathered {how}" if self.sharding.active else ""
 
     @property
     def refusal(self) -> str:
@@ -101,6 +110,7 @@ class Plan:
             "model": self.model_name,
             "card": {**vars(self.card)},
             "precision": self.precision,
+            "sharding": vars(self.sharding),
             "limit_bytes": self.limit_bytes,
             "token_budget": self.token_budget,
             "kv_token_budget": self.kv_token_budget,
@@ -121,7 +131,7 @@ class Plan:
     def _head(self) -> list[str]:
         nominal = ", nominal" if self.card.nominal else ""
         return [
-            f"{self.model_name}, {self.lora}, base in {self.precision}",
+            f"{self.model_name}, {self.lora}, base in {self.precision}{self._shared_out}",
             f"card: {self.card.name}, {_gib(self.card.usable_bytes)} GiB usable{nominal}; limit {_gib(self.limit_bytes)} GiB",
             self.product,
         ]

@@ -76,9 +76,35 @@ class Pass:
         return self.prompt_tokens + self.completion_tokens
 
 
-def base_weights(shape: ModelShape, numbers: Numbers) -> float:
-    """The one frozen base. float16 keeps its gains in float32 (model/loading.py)."""
-    return shape.weight_bytes(numbers.bytes, nf4=numbers.nf4, fp32_norms=numbers.kind == "fp16_rescaled")
+@dataclass(frozen=True)
+class Sharding:
+    """How ranks share out the base's layers; one rank keeps all of them."""
+
+    ranks: int = 1
+    whole_while_sampling: bool = False
+    """Gathered once for a rollout, instead of layer by layer in each step of it."""
+
+    @property
+    def active(self) -> bool:
+        """Whether a rank keeps less than the whole base."""
+        return self.ranks > 1
+
+
+NOT_SHARDED = Sharding()
+
+GATHERED_LAYERS = 3
+"""Of a base that is shared out: the layer that computes, and the next one as it arrives and as it is put into its place."""
+
+
+def base_weights(shape: ModelShape, numbers: Numbers, sharding: Sharding = NOT_SHARDED, *, sampling: bool = False) -> float:
+    """The one frozen base, or a rank's part of it and what is gathered. float16 keeps its gains in float32 (model/loading.py)."""
+    whole = shape.weight_bytes(numbers.bytes, nf4=numbers.nf4, fp32_norms=numbers.kind == "fp16_rescaled")
+    if not sharding.active:
+        return whole
+    embedding = shape.embedding_parameters * numbers.bytes
+    layers = whole - embedding
+    gathered = layers if sampling and sharding.whole_while_sampling else GATHERED_LAYERS * layers / shape.num_layers
+    return embedding + layers / sharding.ranks + gathered
 
 
 def nf4_workspace(shape: ModelShape, numbers: Numbers) -> float:

@@ -56,7 +56,8 @@ class RunningRows:
         # one column more: what a row draws between its last token and the next look goes there
         self._tokens = torch.zeros((room.rows, room.length + 1), dtype=torch.long, device=device)
         self._logprobs = torch.zeros(self._tokens.shape, device=device)
-        self._graphs = StepGraphs() if device.type == "cuda" else None
+        # what waits for other ranks between layers cannot be captured
+        self._graphs = StepGraphs() if device.type == "cuda" and not model.gathers_layers else None
 
     # ---- rows come
 

@@ -26,7 +26,7 @@ class SharedEngine:
         if distributed.world() == 1:
             return self.engine.sample(prompts, params)
         own = distributed.share([1.0] * len(prompts))
-        with distributed.together(SAMPLING):
+        with distributed.together(SAMPLING), distributed.base_for_sampling():
             groups = self.engine.sample([prompts[n] for n in own], params) if own else []
         found = distributed.gather([[n, [_told(one) for one in group.completions]] for n, group in zip(own, groups, strict=True)], SAMPLING)
         by_prompt = {n: completions for one in found for n, completions in one}

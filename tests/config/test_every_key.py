@@ -197,6 +197,7 @@ CHANGES: dict[str, Change] = {
     "memory.token_budget": Change(1, None),
     "memory.kv_token_budget": Change(40, None),
     "gpus": Change(2, None),  # these four: tests/test_launcher.py, tests/test_distributed.py
+    "sharding": Change("none", None),  # tests/grpo/test_sharded_ranks.py, tests/test_planner_sharding.py
     "ranks.timeout_seconds": Change(3.0, None),
     "ranks.grace_seconds": Change(5.0, None),
     "ranks.max_restarts": Change(1, None),

@@ -24,6 +24,8 @@ rewards = {"mean_letter": mean_letter} if settings.get("reward") else None
 trainer = GRPOTrainer(dataset=PAIR_ROWS, reward_functions=rewards, **settings)
 trainer.train(resume_from_checkpoint=resume)
 """
+REWARD = {"mean_letter": 1.0, "length": 0.1}
+SHORT = {"reward": REWARD, "witness.every": 0, "evaluation.num_prompts": 0}
 JUDGED = {"reward_model.batch_size": 4, "reward_model.max_pairs": 12, "witness.share": 0.3, "max_steps": 4}
 
 
@@ -48,12 +50,19 @@ def train(small_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Tr
 @pytest.fixture(scope="module")
 def alone(train: Train) -> Path:
     """Ten steps, twenty updates, on one rank."""
-    return train(1, reward={"mean_letter": 1.0, "length": 0.1}, max_steps=10, save_steps=4)
+    run = train(1, reward=REWARD, max_steps=10, save_steps=4)
+    assert sum(line["passes"] for line in lines(run, "metrics.jsonl")) == 20
+    return run
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.fixture(scope="module")
+def short(train: Train) -> Path:
+    return train(1, **SHORT, max_steps=4)
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_twenty_updates_are_the_same_on_any_number_of_ranks(train: Train, alone: Path, world: int) -> None:
-    assert_same(train(world, reward={"mean_letter": 1.0, "length": 0.1}, max_steps=10, save_steps=4), alone)
+    assert_same(train(world, reward=REWARD, max_steps=10, save_steps=4), alone)
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +79,14 @@ def test_a_trained_judge_and_its_witness_are_the_same_on_two_ranks(train: Train,
             torch.testing.assert_close(value, other[key], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1), (2, 4), (4, 2), (1, 4), (4, 1)])
-def test_a_run_goes_on_with_any_number_of_ranks(train: Train, alone: Path, first: int, then: int) -> None:
-    settings = {"reward": {"mean_letter": 1.0, "length": 0.1}, "save_steps": 4}
-    path = train(first, max_steps=6, **settings)
-    train(then, path, max_steps=10, resume=True, **settings)
-    assert_same(path, alone)
+@pytest.mark.parametrize(
+    ("first", "then"), [(1, 2), (2, 1), (2, 4), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((4, 2), (1, 4), (4, 1)))]
+)
+def test_a_run_goes_on_with_any_number_of_ranks(train: Train, short: Path, first: int, then: int) -> None:
+    path = train(first, **SHORT, max_steps=2)
+    assert len(lines(path, "metrics.jsonl")) == 2
+    train(then, path, **SHORT, max_steps=4, resume=True)
+    assert_same(path, short)
 
 
 DIVERGING = """
