@@ -72,6 +72,8 @@ class LossSettings(Stage):
     """For negative advantages the loss is capped at -dual_clip x advantage; null for no cap."""
     tis_cap: Positive | None = None
     """Truncated importance sampling between sampler and trainer: weight min(ratio, cap); null when both are one engine."""
+    tis_mask: Annotated[float, Field(gt=1)] | None = None
+    """Tokens whose ratio of trainer to sampler is outside [1 / tis_mask, tis_mask] count nothing (IcePop); null masks none."""
 
 
 class KLSettings(Stage):

@@ -144,6 +144,7 @@ CHANGES: dict[str, Change] = {
     "loss.clip_high": Change(9.0, metric("clip_ratio/high_mean"), FAR),
     "loss.dual_clip": Change(1.01, weights, FAR),
     "loss.tis_cap": Change(0.5, weights, {"sampling.top_k": 3}),
+    "loss.tis_mask": Change(1.1, metric("tis/masked"), {"sampling.top_k": 3, "loss.tis_cap": 2.0}),
     "kl.placement": Change("off", lambda run: ["kl" in line for line in run.lines("metrics.jsonl")]),
     "kl.estimator": Change("k3", weights),
     "kl.beta": Change(0.2, metric("beta")),
