@@ -201,6 +201,11 @@ CHANGES: dict[str, Change] = {
     "ranks.timeout_seconds": Change(3.0, None),
     "ranks.grace_seconds": Change(5.0, None),
     "ranks.max_restarts": Change(1, None),
+    "serving.urls": Change(("http://127.0.0.1:1",), None),  # these five: tests/rollout/test_vllm.py, tests/grpo/test_served_runs.py
+    "serving.adapters": Change("shared", None),
+    "serving.max_staleness": Change(1, None),
+    "serving.timeout_seconds": Change(1.0, None),
+    "serving.tolerance": Change(0.5, None),
     "watchdog.factor": Change(2.0, None),
     "watchdog.floor_seconds": Change(1.0, None),
     "data.source": Change("elsewhere", sources),
