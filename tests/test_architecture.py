@@ -69,6 +69,8 @@ HOMES = {
     "peft": ("model",),
     "datasets": ("data",),
     "huggingface_hub": ("access",),
+    "httpx": ("rollout.replicas",),
+    "httpx2": ("rollout.replicas",),
     "bitsandbytes": ("model.quantization",),
     "safetensors": ("checkpoint", "model.loading", "model.adapters"),
     "filelock": ("monitor.events", "monitor.writer"),

@@ -36,6 +36,8 @@ class Exit(IntEnum):
     """By a signal; sysexits.h calls it EX_TEMPFAIL: the same command continues or repeats the run."""
 
 
+_EXPLAINED = ("DoesNotFitError", "ServingError")
+"""Errors of a run whose text is written for its user."""
 _USAGE = ("ConfigError", "DataError", "RunDirectoryError", "ResumeError")
 
 
@@ -62,7 +64,7 @@ def explained(error: BaseException) -> str:
         first, rest = f"{count} {'problem' if count == 1 else 'problems'} in the settings:", [str(problem) for problem in error.problems]
     elif isinstance(error, AccessError):
         first, rest = error.what, list(error.steps)
-    elif (isinstance(error, (ValueError, ArithmeticError)) or "DoesNotFitError" in _names(error)) and _raised_here(error):
+    elif (isinstance(error, (ValueError, ArithmeticError)) or _names(error).intersection(_EXPLAINED)) and _raised_here(error):
         first, rest = _sentences(str(error))
     elif isinstance(error, OSError) and error.errno in _FULL:
         first = f"{error.filename or 'the output or a file'} takes no more ({error.strerror})."

@@ -5,14 +5,17 @@ Owns what a setting means and its limits; reading recipes is recipe.py. Defaults
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from gemma_grpo.config.base import TOO_MANY, Count, Fraction, NonNegative, Positive, Stage, Whole
-from gemma_grpo.config.machine import MemorySettings, RanksSettings, WatchdogSettings
+from gemma_grpo.config.machine import MemorySettings, RanksSettings, ServingSettings, WatchdogSettings
 from gemma_grpo.redact import holds_secret
+
+SERVED_TIS_CAP = 2.0
+"""loss.tis_cap of a run whose completions come from other engines, where none is given; 2 to 3 are usual for weights of tokens."""
 
 
 class LoraSettings(Stage):
@@ -71,7 +74,9 @@ class LossSettings(Stage):
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """For negative advantages the loss is capped at -dual_clip x advantage; null for no cap."""
     tis_cap: Positive | None = None
-    """Truncated importance sampling between sampler and trainer: weight min(ratio, cap); null when both are one engine."""
+    """Truncated importance sampling between sampler and trainer: weight min(ratio, cap). null: none, and 2 with serving.urls."""
+    tis_mask: Annotated[float, Field(gt=1)] | None = None
+    """Tokens whose ratio of trainer to sampler is outside [1 / tis_mask, tis_mask] count nothing (IcePop); null masks none."""
 
 
 class KLSettings(Stage):
@@ -297,8 +302,21 @@ class GRPOConfig(Stage):
     memory: MemorySettings = MemorySettings()
     watchdog: WatchdogSettings = WatchdogSettings()
     ranks: RanksSettings = RanksSettings()
+    serving: ServingSettings = ServingSettings()
     data: DataSettings = DataSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _served_is_weighted(cls, given: Any) -> Any:
+        """Another engine's log-probabilities are never quite the learner's: a cap is in force, and every recipe written shows it."""
+        if not isinstance(given, Mapping) or not _part(given.get("serving"), "urls"):
+            return given
+        loss = given.get("loss", {})
+        if _part(loss, "tis_cap") is not None or not isinstance(loss, Mapping | LossSettings):
+            return given
+        chosen = loss.model_dump(exclude_unset=True) if isinstance(loss, LossSettings) else dict(loss)
+        return {**given, "loss": {**chosen, "tis_cap": SERVED_TIS_CAP}}
 
     @model_validator(mode="after")
     def _no_secret(self) -> GRPOConfig:
@@ -344,6 +362,11 @@ class GRPOConfig(Stage):
         return self.prompts_per_step * self.num_generations
 
 
+def _part(stage: Any, name: str) -> Any:
+    """One setting of a stage that may still be as it was written."""
+    return stage.get(name) if isinstance(stage, Mapping) else getattr(stage, name, None)
+
+
 def _texts(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Every text in the settings with the setting's name; the names within `reward` are texts too."""
     for name, value in values.items():
@@ -351,5 +374,6 @@ def _texts(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
             yield "reward", name
         if isinstance(value, Mapping):
             yield from _texts(value, f"{prefix}{name}.")
-        elif isinstance(value, str):
-            yield prefix + name, value
+        else:
+            texts = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+            yield from ((prefix + name, text) for text in texts if isinstance(text, str))

@@ -170,14 +170,46 @@ def step_kl(logprobs: Float[Tensor, "B C"], old_logprobs: Float[Tensor, "B C"], 
 
 
 def sampler_weights(
-    old_logprobs: Float[Tensor, "B C"], sampling_logprobs: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], *, cap: float
+    old_logprobs: Float[Tensor, "B C"],
+    sampling_logprobs: Float[Tensor, "B C"],
+    mask: Bool[Tensor, "B C"],
+    *,
+    cap: float | None,
+    limit: float | None = None,
 ) -> Float[Tensor, "B C"]:
     """min(exp(old - sampling), cap), detached: corrects for a sampler that is not quite the policy (TIS); 0 on padding.
 
-    Multiplies the policy loss and the KL penalty. Truncated importance sampling: V-trace, arXiv:1802.01561.
+    Multiplies the policy loss and the KL penalty. Truncated importance sampling: V-trace, arXiv:1802.01561. No cap: 1. Tokens whose
+    ratio is outside [1 / limit, limit] weigh 0 (IcePop, arXiv:2510.18855): such a token tells of the engines, not of the policy.
     """
-    weight = _ratio(_masked(old_logprobs - sampling_logprobs, mask)).clamp(max=cap)
-    return _masked(weight, mask).detach()
+    ratio = _ratio(_masked(old_logprobs - sampling_logprobs, mask))
+    weight = torch.ones_like(ratio) if cap is None else ratio.clamp(max=cap)
+    kept = mask if limit is None else mask & (ratio <= limit) & (ratio >= 1 / limit)
+    return _masked(weight, kept).detach()
+
+
+def sampler_metrics(
+    old_logprobs: Float[Tensor, "B C"],
+    sampling_logprobs: Float[Tensor, "B C"],
+    mask: Bool[Tensor, "B C"],
+    weight: Float[Tensor, "B C"],
+    *,
+    cap: float | None,
+) -> dict[str, Tensor]:
+    """Sums over tokens of what sampler_weights made, and of how far the sampler is: they add up over micro-batches and ranks.
+
+    gap_sum is |old - sampling|; sampler_kl_sum estimates KL(sampler || old) (k3); capped and masked count tokens.
+    """
+    gap = _masked(old_logprobs - sampling_logprobs, mask)
+    over = mask & (weight > 0) & (_ratio(gap) > (torch.inf if cap is None else cap))
+    return {
+        "gap_sum": gap.abs().sum(),
+        "sampler_kl_sum": step_kl(old_logprobs, sampling_logprobs, mask).sum(),
+        "weight_sum": weight.sum(),
+        "weight_square_sum": (weight**2).sum(),
+        "capped": over.sum(),
+        "masked": (mask & (weight == 0)).sum(),
+    }
 
 
 def sampling_gap(

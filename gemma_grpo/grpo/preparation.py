@@ -5,9 +5,10 @@ Owns that order, and the run's outcome whatever happens. What is done with it al
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 from gemma_grpo import distributed, watchdog
 from gemma_grpo.config import GRPOConfig, dump_recipe
+from gemma_grpo.data.prompts import order
 from gemma_grpo.grpo import preflight, resuming
 from gemma_grpo.grpo.beside import device_record
 from gemma_grpo.grpo.judges import Judges
@@ -28,10 +30,13 @@ from gemma_grpo.monitor.shadow import ShadowRun
 from gemma_grpo.monitor.terminal import ProgressView
 from gemma_grpo.planner import Plan
 from gemma_grpo.profile.recorder import Profiler
+from gemma_grpo.rollout.engine import RolloutEngine
 from gemma_grpo.rollout.local import LocalEngine
-from gemma_grpo.rollout.shared import SharedEngine
+from gemma_grpo.rollout.shared import AskedByMain, SharedEngine
+from gemma_grpo.rollout.vllm import ServedEngine
 from gemma_grpo.shapes import known_shapes
 from gemma_grpo.stopping import interruptible, listening
+from gemma_grpo.types import Prompt
 
 PROBE_PROMPTS = 8
 """What a float16 base must hold with headroom before anything is trained."""
@@ -51,6 +56,7 @@ class Preparation:
         self._rows: Rows | None = None
         self._prepared, self._for_reward_alone, self._may_go_on = False, False, False
         self._profiler: Profiler | None = None
+        self._served: ServedEngine | None = None
         self.step = 0
         self._begun: StepUnderWay | None = None
         self._alerted = False
@@ -111,7 +117,8 @@ class Preparation:
                     resuming.check_data(self.run, self.data, self.config.dataset)
                 resuming.check_base(self.run, self.config.model_name, self.model.checksums)
                 self.run.event("start", resume=resume, **device_record(self.model.device))
-                yield
+                with self._serving():
+                    yield
             except BaseException as error:
                 if self._run is not None:
                     self.run.ended(self.step, error)
@@ -197,7 +204,7 @@ class Preparation:
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self.model.budget = TokenBudget(plan.token_budget)
-        self.engine = SharedEngine(LocalEngine(self.model, plan.kv_token_budget))
+        self.engine = self._engine(plan.kv_token_budget)
         self.data = build_training_data(rows, self.model, config)
         # a run that goes on keeps the divisor it began with, whatever its first prompts would say now
         recorded = {} if self._run is None else self._run.read_run().get("precision", {})
@@ -223,6 +230,43 @@ class Preparation:
             each = ", ".join(f"rank {number} {one}" for number, one in enumerate(plans))
             raise distributed.RankError(f"the ranks' memory leads to different plans for sharing out the base: {each}. Set sharding.")
         return found
+
+    def _engine(self, kv_tokens: int | None) -> RolloutEngine:
+        if not self.config.serving.urls:
+            return SharedEngine(LocalEngine(self.model, kv_tokens))
+        if distributed.is_main():
+            given, told = self.config.serving, self._tell_of_replicas
+            self._served = ServedEngine(self.model, given, self._versions_folder, report=told, upcoming=self._coming_prompts)
+        return AskedByMain(self._served)
+
+    def _versions_folder(self) -> Path:
+        """This run's alone: several may have been given one folder for all."""
+        path, given = self.run.path.resolve(), self.config.serving.adapters
+        return path / "serving" if given is None else Path(given) / f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+
+    @contextmanager
+    def _serving(self) -> Iterator[None]:
+        """Whatever replicas are asked inside, nothing is left running behind it."""
+        try:
+            yield
+        finally:
+            if self._served is not None:
+                self._served.close()
+
+    def _tell_of_replicas(self, what: str, text: str, fields: Mapping[str, Any]) -> None:
+        self.run.event("serving", what=what, **fields)
+        if what == "back":
+            self.view.note(text)
+        else:
+            self._warn(text)
+
+    def _prompts_of_step(self, step: int) -> Sequence[Prompt]:
+        epoch, index = divmod(step, self.steps_per_epoch)
+        start = index * self.config.prompts_per_step
+        return order(self.data.prompts, self.config.seed, epoch)[start : start + self.config.prompts_per_step]
+
+    def _coming_prompts(self, step: int) -> Sequence[Prompt]:
+        return self._prompts_of_step(step) if step < self.total_steps else ()
 
     def _read_rows(self, *, force: bool) -> Rows:
         """The dataset's rows, read once. A released model's size is known without asking anybody: what cannot fit reads none."""

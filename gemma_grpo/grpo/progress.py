@@ -80,6 +80,7 @@ def to_tensors(under_way: StepUnderWay, model: Gemma) -> tuple[dict[str, Tensor]
         "stopped": torch.tensor(stopped),
     }
     facts: dict[str, Any] = {"prompts": [group.prompt.prompt_id for group in groups]}
+    facts["policy_steps"] = [group.policy_step for group in groups]
     if under_way.scores is not None and under_way.batch is not None:
         tensors |= _scored_tensors(under_way.scores, under_way.batch)
         facts |= {"parts": list(under_way.scores.parts), "skipped": dict(under_way.scores.skipped)}
@@ -107,7 +108,7 @@ def from_tensors(
             f"the rollout kept for step {step + 1} was sampled for other prompts than this run has there. "
             "Restore the data it began with, or start a new run in another output_dir."
         )
-    groups, device = _groups(tensors, prompts, model, step), model.device
+    groups, device = _groups(tensors, prompts, model, facts.get("policy_steps", [step] * len(prompts))), model.device
     under_way = StepUnderWay(groups)
     if "parts" in facts:
         parts = _parts(tensors["parts"], facts["parts"])
@@ -142,12 +143,12 @@ def _parts(values: Tensor, names: Sequence[str]) -> dict[str, Scores]:
     return {name: _unscored_as_none(part) for name, part in zip(names, values, strict=True)}
 
 
-def _groups(tensors: Mapping[str, Tensor], prompts: Sequence[Prompt], model: Gemma, step: int) -> list[RolloutGroup]:
+def _groups(tensors: Mapping[str, Tensor], prompts: Sequence[Prompt], model: Gemma, steps: Sequence[int]) -> list[RolloutGroup]:
     columns = ("completion_ids", "completion_lengths", "sampling_logprobs", "stopped")
-    rows = zip(prompts, *(tensors[name].tolist() for name in columns), strict=True)
+    rows = zip(prompts, steps, *(tensors[name].tolist() for name in columns), strict=True)
     return [
         RolloutGroup(prompt, tuple(_completion(*one, model) for one in zip(ids, lengths, logprobs, stopped, strict=True)), step)
-        for prompt, ids, lengths, logprobs, stopped in rows
+        for prompt, step, ids, lengths, logprobs, stopped in rows
     ]
 
 

@@ -76,6 +76,8 @@ class Stepper:
         assert batch is not None
         tokens = self.num_tokens + int(batch.completion_mask.sum())
         measured = {**reward_metrics(scores), **length_metrics(groups)}
+        if self.config.serving.urls:
+            measured["staleness"] = statistics.fmean(step - group.policy_step for group in groups)
         scored = scored_groups(groups, scores, batch.advantages)
         if batch.ref_logprobs is not None and not self.config.sampling.is_filtered:
             scored = with_drift(scored, batch.ref_logprobs, self.model.tokenizer)

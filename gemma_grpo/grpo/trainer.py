@@ -15,7 +15,6 @@ from typing import Any
 from gemma_grpo import distributed, watchdog
 from gemma_grpo.checkpoint import Checkpoint, saving
 from gemma_grpo.config import build_config, load_recipe
-from gemma_grpo.data.prompts import order
 from gemma_grpo.evaluation import frontier_report
 from gemma_grpo.grpo import resuming
 from gemma_grpo.grpo.abilities import Task, check_tasks, evaluate_tasks
@@ -45,7 +44,7 @@ from gemma_grpo.monitor.terminal import Schedule
 from gemma_grpo.planner import find_shape
 from gemma_grpo.profile.recorder import PROFILE, PhaseWork, Profiler
 from gemma_grpo.reward.zero_shot import ZeroShotJudge
-from gemma_grpo.types import Prompt, ScoredGroup, StepRecord
+from gemma_grpo.types import ScoredGroup, StepRecord
 
 GIVEN_ROWS = "rows given in Python"
 PROBE_PROMPTS = 8
@@ -165,7 +164,7 @@ class GRPOTrainer(Preparation):
         `task_limit` questions of each. Raises RunDirectoryError where another process holds the run.
         """
         if not self.run.is_held:
-            with RunDirectory.open(self.run.path) as self._run:
+            with RunDirectory.open(self.run.path) as self._run, self._serving():
                 return self.evaluate(baselines=baselines, tasks=tasks, task_limit=task_limit)
         check_tasks([task for task in tasks if isinstance(task, str)])
         started = time.perf_counter()
@@ -316,11 +315,6 @@ class GRPOTrainer(Preparation):
             except RunDirectoryError as error:  # must not take the place of why the run ended
                 self.view.warn(str(error))
             self.view.profile(profile)
-
-    def _prompts_of_step(self, step: int) -> Sequence[Prompt]:
-        epoch, index = divmod(step, self.steps_per_epoch)
-        start = index * self.config.prompts_per_step
-        return order(self.data.prompts, self.config.seed, epoch)[start : start + self.config.prompts_per_step]
 
     def _train_reward(self) -> dict[str, Any]:
         if self.config.reward_model.path is not None:

@@ -20,7 +20,7 @@ from gemma_grpo import distributed
 from gemma_grpo.config import GRPOConfig
 from gemma_grpo.data.batch import PolicyBatch, WeightedBatch
 from gemma_grpo.grpo.control import AdaptiveBeta, AdaptiveEntropy, Controller, HardStop, Signal, SpikeGuard, StepLimit
-from gemma_grpo.grpo.loss import KL_ESTIMATORS, POLICY_LOSSES, policy_objective, sampler_weights, step_kl, token_weights
+from gemma_grpo.grpo.loss import KL_ESTIMATORS, POLICY_LOSSES, policy_objective, sampler_metrics, sampler_weights, step_kl, token_weights
 from gemma_grpo.grpo.progress import PassesMade
 from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.model.logprobs import completion_logprobs
@@ -28,6 +28,19 @@ from gemma_grpo.model.optimizer import AdapterOptimizer, Snapshot
 from gemma_grpo.model.precision import LossScale
 
 Gradient = list[Tensor]
+
+
+def sampler_statistics(sums: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of a pass's sampler_metrics: means and shares over its tokens, and the effective sample size as a share of them (Kish)."""
+    tokens, squares = sums["tokens"], sums["weight_square_sum"]
+    return {
+        "sampling_gap_mean": sums["gap_sum"] / tokens,
+        "sampling_kl": sums["sampler_kl_sum"] / tokens,
+        "tis/mean_weight": sums["weight_sum"] / tokens,
+        "tis/capped": sums["capped"] / tokens,
+        "tis/masked": sums["masked"] / tokens,
+        "tis/ess": sums["weight_sum"] ** 2 / squares / tokens if squares else 0.0,
+    }
 
 
 @dataclass(frozen=True)
@@ -236,8 +249,7 @@ class PolicyUpdater:
         logprobs, entropy = completion_logprobs(self.model, piece, temperature=config.temperature, entropy_gradient=alpha > 0)
         flat, mask = logprobs.flatten(0, 1), piece.completion_mask.flatten(0, 1)
         old = logprobs.detach() if piece.old_logprobs is None else piece.old_logprobs
-        sampler = piece.sampling_logprobs.flatten(0, 1)
-        cap = config.loss.tis_cap
+        weight, measured = self._sampler_weight(old.flatten(0, 1), piece.sampling_logprobs.flatten(0, 1), mask)
         loss, metrics = policy_objective(
             flat,
             old.flatten(0, 1),
@@ -250,9 +262,17 @@ class PolicyUpdater:
             beta=self.beta.beta,
             entropy=entropy.flatten(0, 1),
             alpha=alpha,
-            sampler_weight=None if cap is None else sampler_weights(old.flatten(0, 1), sampler, mask, cap=cap),
+            sampler_weight=weight,
         )
-        return loss, metrics, logprobs.detach()
+        return loss, metrics | measured, logprobs.detach()
+
+    def _sampler_weight(self, old: Tensor, sampling: Tensor, mask: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """What each token counts for its sampler's sake, and sums of it; nothing where sampler and learner are one engine."""
+        cap, limit = self.config.loss.tis_cap, self.config.loss.tis_mask
+        if cap is None and limit is None:
+            return None, {}
+        weight = sampler_weights(old, sampling, mask, cap=cap, limit=limit)
+        return weight, sampler_metrics(old, sampling, mask, weight, cap=cap)
 
     def _checked_norm(self, gradient: Gradient, sums: Mapping[str, float], step: int) -> float:
         """Norm of the gradient, which is scaled to max_grad_norm in place. Raises before anything is updated."""
@@ -321,6 +341,8 @@ class PolicyUpdater:
             "clip_ratio/high_mean": last["clipped_high"] / tokens,
             "sampling_gap": float(gap.max()),
         }
+        if "gap_sum" in first:
+            metrics |= sampler_statistics(first)
         if "kl_sum" in first:
             metrics["kl"] = first["kl_sum"] / tokens
             metrics["kl_sequence"] = first["kl_sum"] / first["completions"]

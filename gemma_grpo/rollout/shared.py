@@ -1,4 +1,4 @@
-"""An engine whose prompts are shared out among the ranks: each samples its own, and all know all of the completions.
+"""Engines for several ranks: prompts shared out, each rank sampling its own, or all asked by the first; all know all of the completions.
 
 A completion is a function of the seed, the step, the prompt and its own number, so that it does not matter who samples it.
 """
@@ -31,6 +31,24 @@ class SharedEngine:
         found = distributed.gather([[n, [_told(one) for one in group.completions]] for n, group in zip(own, groups, strict=True)], SAMPLING)
         by_prompt = {n: completions for one in found for n, completions in one}
         return [RolloutGroup(prompt, tuple(map(_completion, by_prompt[n])), params.step) for n, prompt in enumerate(prompts)]
+
+
+class AskedByMain:
+    """An engine that rank 0 alone asks, as replicas are there for all ranks: a policy is sent once. `engine` is None on the others."""
+
+    def __init__(self, engine: RolloutEngine | None) -> None:
+        self.engine = engine
+
+    def sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[RolloutGroup]:
+        """What rank 0 was given, on all of them."""
+        groups: list[RolloutGroup] = []
+        with distributed.together(SAMPLING):
+            if self.engine is not None:
+                groups = self.engine.sample(prompts, params)
+        if distributed.world() == 1:
+            return groups
+        told = distributed.from_main([[group.policy_step, [_told(one) for one in group.completions]] for group in groups], SAMPLING)
+        return [RolloutGroup(prompt, tuple(map(_completion, ones)), step) for prompt, (step, ones) in zip(prompts, told, strict=True)]
 
 
 def _told(completion: Completion) -> list[Any]:

@@ -15,6 +15,7 @@ from gemma_grpo.grpo.loss import (
     TokenLoss,
     kl_reward_penalty,
     policy_objective,
+    sampler_metrics,
     sampler_weights,
     sampling_gap,
     step_kl,
@@ -173,6 +174,52 @@ def test_sampler_weights_are_capped_ratios_without_gradient() -> None:
     weights = sampler_weights(old, row(log(0.4), log(0.1), 0.0), torch.tensor([[True, True, False]]), cap=2.0)
     assert weights[0].tolist() == pytest.approx([1.25, 2.0, 0.0])
     assert not weights.requires_grad
+
+
+def test_tokens_beyond_the_mask_weigh_nothing_and_its_limits_are_inside() -> None:
+    # ratios 0.5, 0.49, 2, 2.1, 1.25, and padding
+    old = row(log(0.5), log(0.49), log(1.0), log(0.84), log(0.5), nan)
+    sampling = row(log(1.0), log(1.0), log(0.5), log(0.4), log(0.4), 0.0)
+    mask = torch.tensor([[True] * 5 + [False]])
+    weights = sampler_weights(old, sampling, mask, cap=1.5, limit=2.0 + 1e-6)
+    assert weights[0].tolist() == pytest.approx([0.5, 0.0, 1.5, 0.0, 1.25, 0.0])
+    # without a cap the mask alone: whatever is inside counts in full
+    assert sampler_weights(old, sampling, mask, cap=None, limit=2.0 + 1e-6)[0].tolist() == [1, 0, 1, 0, 1, 0]
+
+
+def test_a_masked_token_is_neither_in_the_loss_nor_in_the_kl_penalty() -> None:
+    logprobs = row(log(0.5), log(0.5)).requires_grad_()
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    weight = sampler_weights(logprobs, row(log(0.5), log(0.1)), mask, cap=2.0, limit=4.0)  # ratios 1 and 5
+    objective = {"policy_loss": PPO, "kl_estimator": KL_ESTIMATORS["ratio_k3"], "beta": 0.5}
+    given = (logprobs, logprobs.detach(), torch.tensor([1.0]), mask, torch.ones(1, 2))
+    loss, metrics = policy_objective(*given, **objective, ref_logprobs=row(log(0.25), log(0.25)), sampler_weight=weight)
+    assert metrics["policy_loss"].item() == pytest.approx(-1.0)
+    assert metrics["kl_loss"].item() == pytest.approx(0.5 * (0.5 - 1 + log(2)))
+    loss.backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad[0, 1] == 0
+    assert logprobs.grad[0, 0] != 0
+
+
+def test_what_is_logged_of_the_samplers_weights_by_hand_and_adds_up() -> None:
+    # ratios 1.25, 4 (capped at 2), 5 (masked), and padding
+    old, sampling = row(log(0.5), log(0.8), log(0.5), nan), row(log(0.4), log(0.2), log(0.1), 0.0)
+    mask = torch.tensor([[True, True, True, False]])
+    weight = sampler_weights(old, sampling, mask, cap=2.0, limit=4.5)
+    sums = {name: float(value) for name, value in sampler_metrics(old, sampling, mask, weight, cap=2.0).items()}
+    assert sums == pytest.approx(
+        {
+            "gap_sum": log(1.25) + log(4) + log(5),
+            "sampler_kl_sum": (0.25 - log(1.25)) + (3 - log(4)) + (4 - log(5)),
+            "weight_sum": 3.25,
+            "weight_square_sum": 1.25**2 + 4,
+            "capped": 1,
+            "masked": 1,
+        }
+    )
+    parts = [sampler_metrics(*(x[:, a:b] for x in (old, sampling, mask, weight)), cap=2.0) for a, b in ((0, 1), (1, 4))]
+    assert {name: float(parts[0][name] + parts[1][name]) for name in sums} == pytest.approx(sums)
 
 
 def test_sampling_gap_is_the_largest_distance_on_real_tokens() -> None:

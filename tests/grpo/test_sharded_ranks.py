@@ -126,7 +126,8 @@ with distributed.joined(30):
     processor = lambda logits, rows, places: seen.append(held()) or logits
     prompts = [Prompt(str(n), "here", (), (2, 10, 11, 12 + n), str(n)) for n in range(3)]
     SharedEngine(LocalEngine(model, processor=processor)).sample(prompts, SamplingParams(2, 4))
-    print(json.dumps({"own": own, "total": total, "while": seen, "after": held(), "embedding": here(weights["model.embed_tokens.weight"]).numel()}))
+    embedding = here(weights["model.embed_tokens.weight"]).numel()
+    print(json.dumps({"own": own, "total": total, "while": seen, "after": held(), "embedding": embedding}))
 """
 
 
@@ -169,7 +170,7 @@ def test_a_rank_that_fails_between_gatherings_ends_all_and_is_named(small_model_
     settings |= {"reward": {"mean_letter": 1.0}, "ranks.timeout_seconds": 60.0}
     found = ended(start_ranks(FAILS, 2, arguments=[json.dumps(settings), how]), 120)
     assert [code for code, _, _ in found] == [1, 1]
-    said = "cosmic ray" if how == "error" else "with a base that ranks share out it cannot be tried again in smaller pieces. Set memory.token"
+    said = "cosmic ray" if how == "error" else "that ranks share out it cannot be tried again in smaller pieces. Set memory.token"
     assert said in found[1][2]
     assert "rank 1 failed" in found[0][2]
     assert said[:40] in found[0][2]
