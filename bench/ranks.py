@@ -1,6 +1,7 @@
 """What a second rank brings, and what it costs the network: `python -m bench.ranks`, JSON out.
 
-Speed: the same steps by one rank on one core, and by two ranks on two, in turns; completion tokens a second of a step's own time.
+Speed: the same steps by one rank on one core, and by two ranks on two, in turns; completion tokens a second of a step's own time. On the
+miniature, whose steps are so short that much of them is not arithmetic, and on the 270m shape with random weights.
 Traffic: bytes over the loopback interface for each step of two ranks, with a small and a large adapter: their difference is the gradient's,
 since all else that is exchanged (completions, log-probabilities, words) is the same. A ring sends 2 (n - 1) times a gradient in all.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,11 +22,16 @@ from typing import Any
 from safetensors.torch import load_file
 
 from bench.machine import commit, machine, versions
+from bench.random_checkpoint import write_checkpoint
 
 RESULTS = Path(__file__).resolve().parent / "results" / "ranks.json"
 SETTINGS = (
     *("miniature", "witness.every=0", "evaluation.num_prompts=0", "save_steps=0", "advantage.no_signal_steps=0", "reward={judge: 1.0}"),
     *("judge.least_accuracy=0", "epochs=100", "kl.hard_stop_steps=0"),
+)
+REAL_SIZE = (
+    *("batch_size=8", "gradient_accumulation_steps=1", "num_generations=4", "max_prompt_length=48", "max_completion_length=16"),
+    *("gradient_checkpointing=false", "precision=fp32"),
 )
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 SMALL, LARGE = 8, 256
@@ -62,22 +69,25 @@ def tokens_a_second(folder: Path) -> float:
     return float((metrics[-1]["num_tokens"] - metrics[0]["num_tokens"]) / sum(seconds[1:]))
 
 
-def speed(root: Path, pairs: int, steps: int) -> dict[str, Any]:
+def speed(root: Path, pairs: int, steps: int, *settings: str) -> dict[str, Any]:
     """Ratios of the pairs, each of which sampled and learned from the same tokens."""
-    ratios, found = list[float](), {1: list[float](), 2: list[float]()}
+    ratios, found, identical = list[float](), {1: list[float](), 2: list[float]()}, True
     for pair in range(pairs):
         for ranks in (1, 2):
             folder = root / f"speed-{pair}-{ranks}"
-            run(folder, ranks, steps, f"seed={pair}")
+            shutil.rmtree(folder, ignore_errors=True)
+            run(folder, ranks, steps, f"seed={pair}", *settings)
             found[ranks].append(tokens_a_second(folder))
         one, two = ((root / f"speed-{pair}-{ranks}" / "samples.jsonl").read_text(encoding="utf-8").splitlines() for ranks in (1, 2))
         same = [json.loads(line)["completions"][0]["text"] for line in one] == [json.loads(line)["completions"][0]["text"] for line in two]
+        identical &= same
         ratios.append(found[2][-1] / found[1][-1])
         print(f"pair {pair}: {found[1][-1]:.0f} and {found[2][-1]:.0f} tokens/s, x {ratios[-1]:.2f}; same completions: {same}", flush=True)
     return {
         "tokens_per_second": {str(ranks): values for ranks, values in found.items()},
         "ratios": ratios,
         "median": statistics.median(ratios),
+        "same_completions": identical,
     }
 
 
@@ -106,11 +116,19 @@ def main() -> None:
     """Measure both, and keep the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=6, help="on the miniature; half as many on the 270m shape")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
-        found = {"traffic": traffic(Path(root), 4), "speed": speed(Path(root), options.pairs, options.steps)}
+        place = Path(root)
+        model = f"model_name={write_checkpoint('270m', place / 'checkpoint')}"
+        found = {
+            "traffic": traffic(place, 4),
+            "speed": {
+                "270m": speed(place, options.pairs, options.steps // 2, model, *REAL_SIZE),
+                "miniature": speed(place, options.pairs, options.steps),
+            },
+        }
     options.out.write_text(json.dumps({"machine": machine(), "versions": versions(), "commit": commit(), **found}, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 

@@ -14,8 +14,10 @@ from pathlib import Path
 
 from bench.document import WrittenPart
 from bench.lengths import read_lengths
+from gemma_grpo.cards import GIB, Card, named_card
 from gemma_grpo.config.schema import GRPOConfig
 from gemma_grpo.distributed import shares
+from gemma_grpo.planner import plan_run
 from gemma_grpo.profile.work import Arithmetic, Lengths, Work
 from gemma_grpo.shapes import ModelShape, known_shapes
 
@@ -105,7 +107,31 @@ def tables() -> str:
             if ranks <= prompts:
                 lines.append(f"| {ranks} | " + " | ".join(_cell(known_shapes()[name], prompts, ranks, grows) for name in MODELS) + " |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, *memory_table(names), ""])
+
+
+def memory_table(names: Sequence[str]) -> list[str]:
+    """What the plan says of ranks on a card of 24 GB: the peak, and what each pass over the base brings where it is shared out."""
+    card = named_card("l4")
+    lines = [f"### What each rank holds, on cards as an {card.name} ({card.usable_bytes / GIB:.0f} GiB)", ""]
+    lines += [f"| GPUs | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    return lines + [f"| {ranks} | " + " | ".join(_held(name, ranks, card) for name in MODELS) + " |" for ranks in GPUS[:4]]
+
+
+def _held(name: str, ranks: int, card: Card) -> str:
+    shape = known_shapes()[name]
+    plan = plan_run(GRPOConfig(model_name=name, gpus=ranks), shape, card)
+    peak = f"{plan.peak.total / GIB:.1f} GiB" if plan.fits else f"does not fit ({plan.peak.total / GIB:.0f} GiB)"
+    if not plan.sharding.active:
+        return peak
+    received, link = gathered(shape, ranks), 2 * H100.efficiency * H100.network
+    return f"{peak}; shared out, {received / 1e9:.0f} GB a pass ({received / link:.1f} s)"
+
+
+def gathered(shape: ModelShape, ranks: int) -> int:
+    """Bytes of bfloat16 that a rank receives in each pass over a base that is shared out: the others' parts of all layers."""
+    layers = shape.weight_bytes(2) - 2 * shape.embedding_parameters
+    return round(layers * (ranks - 1) / ranks)
 
 
 def _cell(shape: ModelShape, prompts: int, ranks: int, grows: bool) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.scaling import CONFIG, MODELS, TABLE, Machine, groups_of, step, tables
+from bench.scaling import CONFIG, MODELS, TABLE, Machine, gathered, groups_of, step, tables
 from gemma_grpo.profile.work import Lengths, Work
 from gemma_grpo.shapes import known_shapes
 
@@ -43,3 +43,10 @@ def test_more_ranks_are_never_slower_and_never_faster_than_their_number() -> Non
     seconds = [step(SHAPE, groups, ranks).seconds for ranks in (1, 2, 4, 8, 16)]
     assert seconds == sorted(seconds, reverse=True)
     assert all(seconds[0] / now <= 2**power for power, now in enumerate(seconds))
+
+
+def test_a_shared_out_base_is_received_but_for_the_own_part() -> None:
+    shape = known_shapes()["google/gemma-3-27b-it"]
+    layers = 62 * 412_898_560 + 5376  # numbers of a layer as in tests/test_planner_sharding.py, and the last norm
+    assert gathered(shape, 1) == 0
+    assert gathered(shape, 4) == pytest.approx(2 * layers * 3 / 4)

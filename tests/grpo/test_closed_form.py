@@ -7,12 +7,14 @@ is node-wise, ref(a|s) exp(Q(s, a) / beta), Q under pi* itself: the second token
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from ranks import ended, start_ranks
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from gemma_grpo.config import build_config
@@ -23,8 +25,9 @@ from gemma_grpo.model.gemma import Gemma
 from gemma_grpo.model.logprobs import completion_logprobs
 from gemma_grpo.reward.base import RewardStack, WeightedReward
 from gemma_grpo.reward.functions import FunctionReward
-from gemma_grpo.rollout.engine import SamplingParams
+from gemma_grpo.rollout.engine import RolloutEngine, SamplingParams
 from gemma_grpo.rollout.local import LocalEngine
+from gemma_grpo.rollout.shared import SharedEngine
 from gemma_grpo.types import Prompt, RolloutGroup
 
 BOS, EOS, LETTERS = 0, 1, (2, 3, 4, 5)
@@ -109,7 +112,7 @@ def node_wise_optimum(reference: torch.Tensor, rewards: torch.Tensor, beta: floa
 class WrongTemperature:
     """The planted bug: samples at 0.7 what is scored at 1."""
 
-    def __init__(self, engine: LocalEngine) -> None:
+    def __init__(self, engine: RolloutEngine) -> None:
         self.engine = engine
 
     def sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[RolloutGroup]:
@@ -136,7 +139,7 @@ def train(*, wrong_temperature: bool = False, **settings: Any) -> tuple[float, f
         }
     )
     model = Gemma(untied_gemma(), Letters(), name="enumerated", lora=config.lora)  # type: ignore[arg-type]
-    engine = LocalEngine(model, stop_ids=(EOS,))
+    engine = SharedEngine(LocalEngine(model, stop_ids=(EOS,)))  # alone it is the engine inside
     scored = FunctionReward(lambda completion_ids, **_: [reward_of(tuple(ids)) for ids in completion_ids], "table")
     rewards = RewardStack([WeightedReward(scored)])
     updater = PolicyUpdater(model, config, STEPS)
@@ -176,3 +179,29 @@ def test_each_known_mistake_misses_the_optimum(bug: dict[str, Any]) -> None:
     start, end = train(**bug)
     assert start > 0.2
     assert end > 0.02
+
+
+ON_RANKS = """
+import json, sys
+from gemma_grpo import distributed
+from grpo.test_closed_form import train
+with distributed.joined(60):
+    print(json.dumps(train(**json.loads(sys.argv[1]))))
+"""
+
+
+@pytest.mark.parametrize("placement", ["loss", pytest.param("reward", marks=pytest.mark.slow)])
+def test_two_ranks_reach_it_together(placement: str) -> None:
+    found = ended(start_ranks(ON_RANKS, 2, arguments=[json.dumps({"kl.placement": placement})]), 300)
+    assert [code for code, _, _ in found] == [0, 0], [err[-3000:] for _, _, err in found]
+    for _, out, _ in found:
+        start, end = json.loads(out)
+        assert start > 0.2
+        assert end < 0.02
+    assert found[0][1] == found[1][1]  # to the bit
+
+
+@pytest.mark.slow
+def test_two_ranks_miss_it_with_a_known_mistake() -> None:
+    found = ended(start_ranks(ON_RANKS, 2, arguments=[json.dumps({"kl.placement": "loss", "advantage.baseline": "mean"})]), 300)
+    assert [json.loads(out)[1] > 0.02 for _, out, _ in found] == [True, True]
