@@ -30,6 +30,7 @@ class _Request:
         self.reason: str | None = None
         self.deadline: float | None = None
         self.at_once = 0
+        self.held = 0
 
 
 _request = _Request()
@@ -50,8 +51,18 @@ def requested() -> str | None:
 def check() -> None:
     """Raise Stopped if the run was asked to stop. To be called between pieces of work: after each token, each micro-batch."""
     reason = requested()
-    if reason is not None:
+    if reason is not None and not _request.held:
         raise Stopped(reason)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Around a piece of work that must come to its end, since others take part in it: a request to stop waits for as long."""
+    _request.held += 1
+    try:
+        yield
+    finally:
+        _request.held -= 1
 
 
 @contextmanager

@@ -23,14 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import commit, machine, versions
-from gemma_grpo.distributed import GRACE
+from gemma_grpo.distributed import GRACE, STARTING
 from reliability.trainer_kills import rows
 from reliability.writer_kills import RESULTS
 
 TIMEOUT = 6.0
 """Of a rank that does not answer, seconds."""
-BOUND = {"killed": GRACE + 3, "frozen": 2 * TIMEOUT + GRACE + 3}
-"""Seconds in which the others must have ended; three to end a process in. Others wait twice as long for rank 0, which may itself wait."""
+AT_START = "frozen at the start"
+BOUND = {"killed": GRACE + 3, "frozen": 2 * TIMEOUT + GRACE + 3, AT_START: STARTING + GRACE + 3}
+"""Seconds in which the others must have ended; three to end a process in. Others wait twice as long for rank 0, which may itself wait;
+and before they have come together, as long as ranks are given to load their libraries in."""
 SPAN = 0.75
 """Of a whole run's time, from its ranks' start on: when a rank may be disturbed."""
 COMPARED = ("metrics.jsonl", "samples.jsonl", "witnesses.jsonl", "adapter/adapter_model.safetensors")
@@ -96,8 +98,10 @@ def disturbed(folder: Path, data: Path, how: str, after: float, number: int) -> 
     if len(ranks) < 2 or (how == "frozen" and steps == STEPS):  # at the end rank 0 is alone: there is nobody to notice
         launcher.wait(600)
         return {"how": "over before", "code": launcher.returncode}
+    if how == "frozen" and '"kind": "start"' not in _text(folder / "events.jsonl"):
+        how = AT_START
     os.kill(ranks[number], signal.SIGKILL if how == "killed" else signal.SIGSTOP)
-    noticed = seconds_until(lambda: not any(alive(one) for other, one in ranks.items() if other != number), 120)
+    noticed = seconds_until(lambda: not any(alive(one) for other, one in ranks.items() if other != number), 300)
     launcher.wait(600)
     return {"how": how, "rank": number, "after_steps": steps, "noticed_seconds": noticed, "code": launcher.returncode}
 
@@ -113,24 +117,24 @@ def contents(folder: Path) -> list[bytes]:
     return [(folder / name).read_bytes() if (folder / name).is_file() else b"" for name in COMPARED]
 
 
-def measure(root: Path, plan: Sequence[str], seed: int) -> dict[str, Any]:
-    """The undisturbed run, and one for each word of the plan."""
-    draw, data = random.Random(seed), root / "rows.jsonl"
+def measure(root: Path, plan: Sequence[str], seed: int, found: list[dict[str, Any]], keep: Callable[[Any], None]) -> dict[str, Any]:
+    """The undisturbed run, and one for each word of the plan that is not among `found` already; kept after each."""
+    draw, data = random.Random(f"{seed} {len(found)}"), root / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
     began = time.monotonic()
     if start(root / "whole", data).wait(600):
         raise RuntimeError((root / "whole.log").read_text(errors="replace")[-2000:])
     whole, expected = time.monotonic() - began, contents(root / "whole")
-    found = []
-    for place, how in enumerate(plan):
+    for place, how in list(enumerate(plan))[len(found) :]:
         folder = root / f"run-{place}"
         one: dict[str, Any] = {"how": "over before"}
         while one["how"] == "over before":  # a run that was over sooner than the first one counts for nothing
             shutil.rmtree(folder, ignore_errors=True)
             one = disturbed(folder, data, how, draw.uniform(0, SPAN * whole), draw.randrange(2))
-        one["same"] = contents(folder) == expected
+        one |= {"same": contents(folder) == expected, "commit": commit()}
         found.append(one)
         print(json.dumps(one), flush=True)
+        keep({"runs": found})
         if one["code"] or not one["same"]:
             print(_text(folder.with_suffix(".log"))[-3000:], flush=True)
     return report(found, whole, left_over(root))
@@ -143,7 +147,7 @@ def report(found: Sequence[dict[str, Any]], whole: float, left: int) -> dict[str
     wrong = sum(bool(one["code"]) or not one["same"] for one in found)
     return {
         "kills": len(seconds["killed"]),
-        "freezes": len(seconds["frozen"]),
+        "freezes": len(seconds["frozen"]) + len(seconds[AT_START]),
         "timeout_seconds": TIMEOUT,
         "whole_run_seconds": whole,
         "noticed_seconds": {how: {"median": values[len(values) // 2], "max": values[-1]} for how, values in seconds.items() if values},
@@ -162,11 +166,17 @@ def main() -> None:
     parser.add_argument("--freezes", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "rank_kills.json")
+    parser.add_argument("--go-on", action="store_true", help="with the runs that are in --out")
     options = parser.parse_args()
+    before = json.loads(options.out.read_text(encoding="utf-8"))["runs"] if options.go_on else []
+
+    def keep(found: dict[str, Any]) -> None:
+        head = {"machine": machine(), "versions": versions(), "commit": commit()}
+        options.out.write_text(json.dumps({**head, **found}, indent=1) + "\n", encoding="utf-8")
+
     with tempfile.TemporaryDirectory() as root:
-        found = measure(Path(root), ["killed"] * options.kills + ["frozen"] * options.freezes, options.seed)
-    head = {"machine": machine(), "versions": versions(), "commit": commit()}
-    options.out.write_text(json.dumps({**head, **found}, indent=1) + "\n", encoding="utf-8")
+        found = measure(Path(root), ["killed"] * options.kills + ["frozen"] * options.freezes, options.seed, before, keep)
+    keep(found)
     print(json.dumps({name: value for name, value in found.items() if name != "runs"}, indent=1))
     sys.exit(0 if found["holds"] else 1)
 

@@ -89,3 +89,22 @@ def test_what_would_help_is_tried_with_the_base_shared_out() -> None:
     helps = {suggestion.change: suggestion.fits for suggestion in plan("rtx3060", gpus=4).suggestions}
     assert helps["model_name=google/gemma-3-12b-it"]  # whole it does not fit 12 GB
     assert "model_name=google/gemma-3-12b-it" not in {one.change for one in plan("rtx3060").suggestions if one.fits}
+
+
+def test_what_would_help_can_be_set_and_holds_there() -> None:
+    """Float16 cards and 4 bits have no base that is shared out."""
+    helps = [suggestion.change for suggestion in plan("l4", gpus=2, sharding="full").suggestions]
+    assert "sharding=none quantization=nf4" in helps
+    # 12b by four needs less than a T4 or V100 has, and these have no bfloat16: the next card is one that has
+    small = plan("rtx3070", gpus=4, model_name="google/gemma-3-12b-it")
+    assert small.peak.total < named_card("t4").usable_bytes
+    larger = next(one.change for one in small.suggestions if one.change.startswith("a larger card"))
+    assert larger.startswith("a larger card, such as GeForce RTX 3060 ")
+
+
+def test_the_plan_of_what_was_started_counts_who_is_there() -> None:
+    config = build_config({"model_name": "google/gemma-3-27b-it", "gpus": 8})
+    for ranks in (1, 2, 4):
+        planned = plan_run(config, shape_of(config.model_name), named_card("l4"), ranks=ranks)
+        assert planned.sharding.ranks == ranks
+        assert planned.fits == (ranks == 4)

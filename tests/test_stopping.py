@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from gemma_grpo import stopping
-from gemma_grpo.stopping import EXIT_CODE, SIGNALS, Stopped, check, interruptible, listening
+from gemma_grpo.stopping import EXIT_CODE, SIGNALS, Stopped, check, held, interruptible, listening
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +39,15 @@ def test_a_signal_is_noticed_at_the_next_check_and_not_before(number: signal.Sig
         work()
     assert done == ["the piece of work"]
     check()  # a request ends with those who listened
+
+
+def test_what_others_take_part_in_comes_to_its_end() -> None:
+    with listening():
+        with held(), held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            check()
+        with pytest.raises(Stopped, match="by SIGTERM"):
+            check()
 
 
 def test_other_peoples_code_is_left_at_once_and_cannot_keep_the_run_going() -> None:

@@ -8,6 +8,7 @@ are changes who computes, never what. Owns torch.distributed.
 from gemma_grpo.distributed.exchange import agree, copy_from_main, from_main, gather, share, shares, sum_, sum_by_name
 from gemma_grpo.distributed.meeting import (
     GRACE,
+    STARTING,
     RankError,
     base_for_sampling,
     is_main,
@@ -19,10 +20,12 @@ from gemma_grpo.distributed.meeting import (
     together,
     world,
 )
-from gemma_grpo.distributed.sharding import Pass, ShardedLayers, here, own_part
+from gemma_grpo.distributed.sharding import PARTED, Pass, ShardedLayers, here, own_part
 
 __all__ = [
     "GRACE",
+    "PARTED",
+    "STARTING",
     "Pass",
     "RankError",
     "ShardedLayers",

@@ -154,9 +154,9 @@ def _part() -> None:
         dist.destroy_process_group()
 
 
-def is_sharded() -> bool:
-    """Whether ranks share out the base's layers: a pass of one is then a pass of all."""
-    return _ranks.sharded is not None
+def is_sharded(layers: Any = None) -> bool:
+    """Whether ranks share out a base's layers (these ones, if given): a pass of one is then a pass of all."""
+    return _ranks.sharded is not None and layers in (None, _ranks.sharded)
 
 
 def base_for_sampling() -> AbstractContextManager[None]:
@@ -182,6 +182,8 @@ def together(what: str) -> Iterator[None]:
     except GeneratorExit:  # whoever took its results has ended, and will say why
         raise
     except BaseException as error:
+        if _ranks.sharded is not None and _is_broken_connection(error):
+            raise _who_broke(what) from error
         leave(error)
         reason = _failure_behind(error)
         if reason is not None:
@@ -334,13 +336,23 @@ def exchanging(what: str) -> Iterator[None]:
     meet(what)
     try:
         yield
+    except torch.OutOfMemoryError:  # a RuntimeError too, but nobody else's doing
+        raise
     except RuntimeError as error:  # of gloo and NCCL: a connection was closed, or their own timeout is over
-        _ranks.left = True
-        _say({"kind": "here"})
-        verdict = _heard(what, broken=True) if is_main() else None
-        if verdict is not None:
-            _tell(verdict)
-        found = verdict or _await_verdict(what)
-        if found["kind"] != "go":
-            raise _error(found) from error
-        raise RankError(f"an exchange failed, {_at(what)}: {error}") from error
+        raise _who_broke(what, f": {error}") from error
+
+
+def _is_broken_connection(error: BaseException) -> bool:
+    """Whether gloo or NCCL ended a gathering in the middle of a pass."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def _who_broke(what: str, why: str = "") -> BaseException:
+    """After an exchange that broke: whoever does not come to a last meeting."""
+    _ranks.left = True
+    _say({"kind": "here"})
+    verdict = _heard(what, broken=True) if is_main() else None
+    if verdict is not None:
+        _tell(verdict)
+    found = verdict or _await_verdict(what)
+    return _error(found) if found["kind"] != "go" else RankError(f"an exchange failed, {_at(what)}{why}")

@@ -17,9 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from gemma_grpo.distributed.meeting import RankError, exchanging, rank, set_sharded, world
+from gemma_grpo.distributed.meeting import RankError, exchanging, is_sharded, rank, set_sharded, world
 
 GATHERING = "gathering the base"
+PARTED = "the model's base is shared out among ranks that have parted. Load it anew, in a new GRPOTrainer or with GRPOTrainer.from_run."
 
 
 class Pass(IntEnum):
@@ -61,9 +62,10 @@ class ShardedLayers:
         """Before a pass: wait until each rank makes one too, or gathers along. Nothing where the whole base is here."""
         if self._whole:
             return
-        if world() == 1:
-            raise RankError("the base is shared out among ranks that have parted. Load it anew: GRPOTrainer.from_run(folder).")
-        self._told(kind)
+        if not is_sharded(self):
+            raise RankError(PARTED)
+        if self._told(kind) is not kind:
+            raise RankError("ranks are about to make passes of different kinds over a base that they share out: this is a bug.")
 
     def join(self) -> None:
         """Gather along with the ranks that still make passes, until none does."""
@@ -88,8 +90,10 @@ class ShardedLayers:
         self.layers[index].unshard()
         for following in self.layers[index + 1 : index + 2]:
             following.unshard(async_op=True)
-        yield
-        self.layers[index].reshard()
+        try:
+            yield
+        finally:
+            self.layers[index].reshard()
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -97,11 +101,11 @@ class ShardedLayers:
         if not self.whole_while_sampling:
             yield
             return
-        with exchanging(GATHERING):
-            for layer in self.layers:
-                layer.unshard()
-        self._keep_gathered(True)
         try:
+            with exchanging(GATHERING):
+                for layer in self.layers:
+                    layer.unshard()
+            self._keep_gathered(True)
             yield
         finally:
             self._keep_gathered(False)

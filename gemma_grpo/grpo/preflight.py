@@ -34,8 +34,10 @@ def running_card() -> Card:
     return Card(properties.name, "cuda", properties.total_memory, has_native_bf16(device), capability=capability)
 
 
-def plan_for(config: GRPOConfig, rewards: Collection[str], recorded: Mapping[str, Any], card_name: str | None = None) -> Plan:
-    """The plan of a run on this process's card, or on a named one; loads nothing.
+def plan_for(
+    config: GRPOConfig, rewards: Collection[str], recorded: Mapping[str, Any], card_name: str | None = None, *, ranks: int | None = None
+) -> Plan:
+    """The plan of a run on this process's card, or on a named one, by so many ranks, or those there will be; loads nothing.
 
     `recorded` is the plan a run began with, empty for a new one. Raises ValueError for a card nobody knows.
     """
@@ -44,10 +46,10 @@ def plan_for(config: GRPOConfig, rewards: Collection[str], recorded: Mapping[str
         # the same budgets cut the same pieces, whose sums round alike: a resumed run keeps them where they still fit
         budgets = {name: getattr(config.memory, name) or recorded[name] for name in ("token_budget", "kv_token_budget")}
         kept = config.model_copy(update={"memory": config.memory.model_copy(update=budgets)})
-        plan = plan_run(kept, shape, card, rewards=rewards)
+        plan = plan_run(kept, shape, card, rewards=rewards, ranks=ranks)
         if plan.fits:
             return plan
-    return plan_run(config, shape, card, rewards=rewards)
+    return plan_run(config, shape, card, rewards=rewards, ranks=ranks)
 
 
 def refuse_unless_it_fits(plan: Plan, *, force: bool) -> None:

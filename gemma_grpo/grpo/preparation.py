@@ -55,6 +55,7 @@ class Preparation:
         self._run: RunDirectory | None = None
         self._rows: Rows | None = None
         self._prepared, self._for_reward_alone, self._may_go_on = False, False, False
+        self._ranks: int | None = None  # how many there are, once they have come together
         self._profiler: Profiler | None = None
         self._served: ServedEngine | None = None
         self.step = 0
@@ -67,7 +68,7 @@ class Preparation:
         rewards = {*(() if callable(self._function) else self.weights), *((TRAINED,) if self._for_reward_alone else ())}
         recorded = {} if self._run is None else self._run.read_run().get("plan", {})
         num_prompts = len(self.data.prompts) if self._prepared else None
-        return replace(preflight.plan_for(self.config, rewards, recorded, card), num_prompts=num_prompts)
+        return replace(preflight.plan_for(self.config, rewards, recorded, card, ranks=self._ranks), num_prompts=num_prompts)
 
     @property
     def run(self) -> RunDirectory:
@@ -85,6 +86,9 @@ class Preparation:
     def _taking_part(self) -> Iterator[None]:
         """As one of the ranks that a launcher started, or alone. Raises ValueError where there are more ranks than work."""
         with distributed.joined(self.config.ranks.timeout_seconds):
+            self._ranks = distributed.world()
+            if self._prepared and self.model.sharded is not None:
+                raise distributed.RankError(distributed.PARTED)
             prompts = self.config.prompts_per_step
             if distributed.world() > prompts:
                 raise ValueError(
@@ -183,7 +187,7 @@ class Preparation:
         """Plan the memory, load the model, tokenise the data, lay out the steps; once."""
         if self._prepared:
             return
-        config = self.config
+        config, self._ranks = self.config, distributed.world()
         rows = self._read_rows(force=force)
         if self._must_train_reward:
             preflight.check_reward_can_be_had(rows, config)

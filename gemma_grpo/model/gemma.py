@@ -31,6 +31,7 @@ from gemma_grpo.model.loading import check_tokenizer_files, check_weight_files, 
 from gemma_grpo.model.memory import TokenBudget, explaining_exhaustion
 from gemma_grpo.model.precision import base_dtype, choose_divisor, default_device, float32_logits, rescale_residual
 from gemma_grpo.model.quantization import Quantizer
+from gemma_grpo.stopping import held
 
 _ROOM = "Free the device of other programs, set quantization=nf4, or take a smaller model."
 
@@ -189,7 +190,8 @@ class Gemma:
         # masks come from the layout: an empty mapping keeps transformers from building its own dense ones
         no_masks = {"full_attention": None, "sliding_attention": None}
         inputs = {"input_ids": layout.input_ids, "position_ids": layout.position_ids}
-        hidden: Tensor = self.causal_lm.model(**inputs, attention_mask=no_masks, use_cache=False, layout=layout).last_hidden_state
+        with nullcontext() if self.sharded is None else held():  # other ranks are in the middle of the same pass
+            hidden: Tensor = self.causal_lm.model(**inputs, attention_mask=no_masks, use_cache=False, layout=layout).last_hidden_state
         return hidden.flatten(0, 1)
 
     @property

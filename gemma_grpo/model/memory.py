@@ -11,7 +11,7 @@ import gc
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gemma_grpo import distributed
 from gemma_grpo.data.batch import GroupBatch, Slot
-from gemma_grpo.stopping import check
+from gemma_grpo.stopping import check, held
 
 Batch = TypeVar("Batch", bound=GroupBatch)
 Result = TypeVar("Result")
@@ -66,7 +66,8 @@ class TokenBudget:
             check()
             piece, draws = batch.piece(waiting[0]), _random_states(device)
             try:
-                result = work(piece)
+                with held() if distributed.is_sharded() else nullcontext():
+                    result = work(piece)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

@@ -10,7 +10,6 @@ from typing import Any
 from gemma_grpo.access import config_file
 from gemma_grpo.cards import GIB, Card, known_cards, number_format
 from gemma_grpo.config.schema import GRPOConfig
-from gemma_grpo.launched import world_size
 from gemma_grpo.planner.phases import PROGRAM, Budgets, Phase, Run
 from gemma_grpo.planner.plan import Plan, Suggestion
 from gemma_grpo.planner.terms import NOT_SHARDED, Numbers, Sharding
@@ -36,34 +35,45 @@ def find_shape(model_name: str) -> ModelShape:
 
 
 def plan_run(
-    config: GRPOConfig, shape: ModelShape, card: Card, *, rewards: Collection[str] | None = None, num_prompts: int | None = None
+    config: GRPOConfig,
+    shape: ModelShape,
+    card: Card,
+    *,
+    rewards: Collection[str] | None = None,
+    num_prompts: int | None = None,
+    ranks: int | None = None,
 ) -> Plan:
     """What a run holds on a card, phase by phase, with the budgets it shall use.
 
     `rewards` are the names of its rewards where the settings do not say (a function given in Python); `num_prompts` the training
-    prompts, once known. Raises ValueError when the card cannot do what precision or sharding asks.
+    prompts, once known; `ranks` how many processes have been started, else there will be config.gpus of them. Raises ValueError when
+    the card cannot do what precision or sharding asks.
     """
     names = frozenset(config.reward or DEFAULT_REWARDS) if rewards is None else frozenset(rewards)
     run = Run(config, shape, numbers_of(config, card), names)
-    for sharding in _shardings(run, card):
+    for sharding in _shardings(run, card, ranks or config.gpus):
         plan = _planned(replace(run, sharding=sharding), card, num_prompts)
         if plan.fits:
             break
     return plan
 
 
-def _shardings(run: Run, card: Card) -> list[Sharding]:
+def _shardings(run: Run, card: Card, ranks: int) -> list[Sharding]:
     """How the base may be shared out, what costs least time first."""
-    config, ranks = run.config, max(run.config.gpus, world_size())
+    config = run.config
     if config.sharding == "full" and run.numbers.kind == "fp16_rescaled":
         raise ValueError(
             f"sharding is full, and on {card.name} the base is float16, whose passes are repeated at other scales: ranks could not keep "
             "step. Use sharding=none with quantization=nf4, or precision=fp32."
         )
     shared = [Sharding(ranks, whole_while_sampling=whole) for whole in (True, False)]
-    if config.sharding == "none" or ranks == 1 or run.numbers.nf4 or run.numbers.kind == "fp16_rescaled":
+    if config.sharding == "none" or ranks == 1 or not _can_be_shared_out(run.numbers):
         return [NOT_SHARDED]
     return shared if config.sharding == "full" else [NOT_SHARDED, *shared]
+
+
+def _can_be_shared_out(numbers: Numbers) -> bool:
+    return not numbers.nf4 and numbers.kind != "fp16_rescaled"
 
 
 def _planned(run: Run, card: Card, num_prompts: int | None) -> Plan:
@@ -198,7 +208,7 @@ def _suggestions(run: Run, card: Card) -> list[Suggestion]:
     for change, settings, shape in _alternatives(run, card):
         config = _changed(run.config, settings)
         numbers = numbers_of(config, card)
-        sharding = NOT_SHARDED if numbers.nf4 else run.sharding
+        sharding = run.sharding if _can_be_shared_out(numbers) else NOT_SHARDED
         peak = _smallest_peak(replace(run, config=config, shape=shape or run.shape, numbers=numbers, sharding=sharding))
         if now - peak > _WORTH_TELLING * now:
             found.append(Suggestion(change, now - peak, peak <= _limit(config, card)))
@@ -234,7 +244,9 @@ def _alternatives(run: Run, card: Card) -> Iterator[tuple[str, dict[str, Any], M
     if set(config.lora.target_modules) - {"q_proj", "v_proj"}:
         changes["lora.target_modules"] = ("q_proj", "v_proj")
     for key, value in changes.items():
-        yield f"{key}={_shown(value)}", {key: value}, None
+        also = {"sharding": "none"} if key == "quantization" and config.sharding == "full" else {}
+        settings = {**also, key: value}
+        yield " ".join(f"{name}={_shown(setting)}" for name, setting in settings.items()), settings, None
     # the largest first
     smaller = [shape for name, shape in known_shapes().items() if name.endswith("-it") and shape.parameters < run.shape.parameters]
     for shape in reversed(smaller):
@@ -262,6 +274,8 @@ def _larger_card(run: Run, present: Card) -> Iterator[Suggestion]:
     for card in sorted(known_cards().values(), key=lambda card: card.usable_bytes):
         if card.usable_bytes <= present.usable_bytes or (run.config.precision == "bf16" and not card.native_bf16):
             continue
-        if _smallest_peak(replace(run, numbers=numbers_of(run.config, card))) <= _limit(run.config, card):
+        numbers = numbers_of(run.config, card)
+        sharding = run.sharding if _can_be_shared_out(numbers) else NOT_SHARDED
+        if _smallest_peak(replace(run, numbers=numbers, sharding=sharding)) <= _limit(run.config, card):
             yield Suggestion(f"a larger card, such as {card.name} ({card.usable_bytes / GIB:.1f} GiB)", 0, True)
             return
