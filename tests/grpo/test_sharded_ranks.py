@@ -131,7 +131,7 @@ with distributed.joined(30):
 """
 
 
-@pytest.mark.parametrize("sharding", ["layers", "whole"])
+@pytest.mark.parametrize("sharding", ["layers", pytest.param("whole", marks=pytest.mark.slow)])
 def test_a_rank_holds_its_part_and_what_is_gathered(small_model_dir: Path, sharding: str) -> None:
     found = ended(start_ranks(HELD, 2, arguments=[str(small_model_dir), sharding]), 120)
     assert [code for code, _, _ in found] == [0, 0], [err[-3000:] for _, _, err in found]
@@ -171,7 +171,7 @@ trainer.train()
 """
 
 
-@pytest.mark.parametrize("how", ["error", "memory", "stop", pytest.param("inside", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["stop", *(pytest.param(how, marks=pytest.mark.slow) for how in ("error", "memory", "inside"))])
 def test_a_rank_that_fails_or_is_stopped_ends_all_and_is_named(small_model_dir: Path, tmp_path: Path, how: str) -> None:
     run = tmp_path / "run"
     settings = {**COMMON, "model_name": str(small_model_dir), "output_dir": str(run), "sharding": "full", "max_steps": 3}
