@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.document import WrittenPart
+from reliability.rank_kills import AT_START
 from reliability.writer_kills import RESULTS
 
 FIGURES = WrittenPart(
@@ -76,10 +77,11 @@ def page_load(found: Mapping[str, Any]) -> tuple[str, str]:
 
 def rank_kills(found: Mapping[str, Any]) -> tuple[str, str]:
     seconds = {how: f"{one['median']:.1f} s, {one['max']:.1f} s at most" for how, one in found["noticed_seconds"].items()}
+    start = f", {seconds[AT_START]} (frozen before they had come together)" if AT_START in seconds else ""
     what = f"{found['kills']} ranks of two killed and {found['freezes']} frozen, each in a run of its own, which starts again by itself"
     return what, (
         f"{found['failed_or_different']} runs differ from the undisturbed one; the other rank ended after {seconds['killed']} (killed), "
-        f"{seconds['frozen']} (frozen; timeout {found['timeout_seconds']:g} s); {found['processes_left']} processes left"
+        f"{seconds['frozen']} (frozen; timeout {found['timeout_seconds']:g} s){start}; {found['processes_left']} processes left"
     )
 
 

@@ -29,8 +29,9 @@ from reliability.writer_kills import RESULTS
 
 TIMEOUT = 6.0
 """Of a rank that does not answer, seconds."""
-AT_START = "frozen at the start"
-BOUND = {"killed": GRACE + 3, "frozen": 2 * TIMEOUT + GRACE + 3, AT_START: STARTING + GRACE + 3}
+AT_START, LOADING = "frozen at the start", 15.0
+"""A moment, and the seconds in which the other rank may still load its libraries then, before it begins to wait."""
+BOUND = {"killed": GRACE + 3, "frozen": 2 * TIMEOUT + GRACE + 3, AT_START: STARTING + LOADING + GRACE + 3}
 """Seconds in which the others must have ended; three to end a process in. Others wait twice as long for rank 0, which may itself wait;
 and before they have come together, as long as ranks are given to load their libraries in."""
 SPAN = 0.75
