@@ -190,7 +190,8 @@ with distributed.joined(60):
 """
 
 
-@pytest.mark.parametrize("placement", ["loss", pytest.param("reward", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["loss", "reward"])
 def test_two_ranks_reach_it_together(placement: str) -> None:
     found = ended(start_ranks(ON_RANKS, 2, arguments=[json.dumps({"kl.placement": placement})]), 300)
     assert [code for code, _, _ in found] == [0, 0], [err[-3000:] for _, _, err in found]

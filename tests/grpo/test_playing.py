@@ -147,7 +147,7 @@ def test_stopping_keeps_the_first_tokens_and_the_model_goes_on(player: Player) -
     assert isinstance(reply, Reply)
     assert (reply.finish, reply.length) == ("interrupted", 3)
     assert reply.completion.token_ids == whole.completion.token_ids[:3]
-    assert reply.log_ratios == pytest.approx(whole.log_ratios[:3], abs=1e-6)
+    assert reply.log_ratios == pytest.approx(whole.log_ratios[:3], abs=1e-5)  # of passes that are not equally long
     assert "".join(map(str, pieces)) == reply.text
     left = player.stream(ASKED, seed=whole.seed, max_tokens=20)
     next(left)

@@ -63,7 +63,7 @@ def plan_of(run: Path) -> dict[str, Any]:
     ("world", "settings", "gathered_whole"),
     [
         (2, {}, True),
-        (2, {**NO_ROOM, "gradient_checkpointing": True}, False),
+        pytest.param(2, {**NO_ROOM, "gradient_checkpointing": True}, False, marks=pytest.mark.slow),
         pytest.param(3, {}, True, marks=pytest.mark.slow),
         pytest.param(3, NO_ROOM, False, marks=pytest.mark.slow),
     ],
