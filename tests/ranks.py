@@ -99,3 +99,23 @@ def assert_same(run: Path, expected: Path, tolerance: float = 1e-6) -> None:
     assert adapters[0].keys() == adapters[1].keys()
     for name, value in adapters[0].items():
         torch.testing.assert_close(value, adapters[1][name], rtol=0, atol=tolerance)
+
+
+TRAIN = """
+import json, sys
+from conftest import PAIR_ROWS, mean_letter
+from gemma_grpo import GRPOTrainer
+settings = json.loads(sys.argv[1])
+resume, force = (settings.pop(name, False) for name in ("resume", "force"))
+rewards = {"mean_letter": mean_letter} if settings.get("reward") else None
+trainer = GRPOTrainer(dataset=PAIR_ROWS, reward_functions=rewards, **settings)
+trainer.train(resume_from_checkpoint=resume, force=force)
+"""
+
+
+def train_on(world: int, path: Path, timeout: float = 300.0, **settings: Any) -> Path:
+    """Train a run in the folder `path` on so many ranks; `resume` and `force` as train() takes them."""
+    found = ended(start_ranks(TRAIN, world, arguments=[json.dumps({**COMMON, "output_dir": str(path), **settings})]), timeout)
+    assert [code for code, _, _ in found] == [0] * world, [err[-3000:] for _, _, err in found]
+    assert not [out for _, out, _ in found[1:] if out]  # rank 0 alone speaks
+    return path

@@ -11,19 +11,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyRun
-from ranks import COMMON, assert_same, ended, lines, start_ranks
+from ranks import COMMON, assert_same, ended, lines, start_ranks, train_on
 from safetensors.torch import load_file
 
-TRAIN = """
-import json, sys
-from conftest import PAIR_ROWS, mean_letter
-from gemma_grpo import GRPOTrainer
-settings = json.loads(sys.argv[1])
-resume = settings.pop("resume", False)
-rewards = {"mean_letter": mean_letter} if settings.get("reward") else None
-trainer = GRPOTrainer(dataset=PAIR_ROWS, reward_functions=rewards, **settings)
-trainer.train(resume_from_checkpoint=resume)
-"""
 REWARD = {"mean_letter": 1.0, "length": 0.1}
 SHORT = {"reward": REWARD, "witness.every": 0, "evaluation.num_prompts": 0}
 JUDGED = {"reward_model.batch_size": 4, "reward_model.max_pairs": 12, "witness.share": 0.3, "max_steps": 4}
@@ -38,11 +28,7 @@ def train(small_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Tr
 
     def run(world: int, path: Path | None = None, **settings: Any) -> Path:
         path = path or root / f"run-{next(count)}"
-        given = {**COMMON, "model_name": str(small_model_dir), "output_dir": str(path), **settings}
-        found = ended(start_ranks(TRAIN, world, arguments=[json.dumps(given)]), 300)
-        assert [code for code, _, _ in found] == [0] * world, [err[-3000:] for _, _, err in found]
-        assert not [out for _, out, _ in found[1:] if out]  # rank 0 alone speaks
-        return path
+        return train_on(world, path, model_name=str(small_model_dir), **settings)
 
     return run
 

@@ -10,19 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import COMMON, assert_same, ended, lines, start_ranks
+from ranks import COMMON, assert_same, ended, lines, start_ranks, train_on
 from safetensors.torch import load_file
 
-TRAIN = """
-import json, sys
-from conftest import PAIR_ROWS, mean_letter
-from gemma_grpo import GRPOTrainer
-settings = json.loads(sys.argv[1])
-resume, force = (settings.pop(name, False) for name in ("resume", "force"))
-rewards = {"mean_letter": mean_letter} if settings.get("reward") else None
-trainer = GRPOTrainer(dataset=PAIR_ROWS, reward_functions=rewards, **settings)
-trainer.train(resume_from_checkpoint=resume, force=force)
-"""
 REWARD = {"mean_letter": 1.0, "length": 0.1}
 NO_ROOM = {"memory.limit_gib": 0.01, "force": True, "witness.every": 0, "evaluation.num_prompts": 0}
 """The plan then gathers layer by layer, and cuts passes so small that ranks make different numbers of them."""
@@ -36,10 +26,7 @@ def train(small_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Tr
 
     def run(world: int, path: Path | None = None, **settings: Any) -> Path:
         path = path or root / f"run-{next(count)}"
-        given = {**COMMON, "model_name": str(small_model_dir), "output_dir": str(path), "max_steps": 4, **settings}
-        found = ended(start_ranks(TRAIN, world, arguments=[json.dumps(given)]), 300)
-        assert [code for code, _, _ in found] == [0] * world, [err[-3000:] for _, _, err in found]
-        return path
+        return train_on(world, path, model_name=str(small_model_dir), **{"max_steps": 4, **settings})
 
     return run
 
