@@ -1,7 +1,8 @@
 """What a second rank brings, and what it costs the network: `python -m bench.ranks`, JSON out.
 
 Speed: the same steps by one rank on one core, and by two ranks on two, in turns; completion tokens a second of a step's own time. On the
-miniature, whose steps are so short that much of them is not arithmetic, and on the 270m shape with random weights.
+8m shape with random weights and 256 completions a step, which is arithmetic; and on the miniature, with 64 short ones, whose passes are so
+small that starting them takes much of the time. `--shape 270m` shows a third limit: a gigabyte of weights read through one memory by both.
 Traffic: bytes over the loopback interface for each step of two ranks, with a small and a large adapter: their difference is the gradient's,
 since all else that is exchanged (completions, log-probabilities, words) is the same. A ring sends 2 (n - 1) times a gradient in all.
 """
@@ -22,17 +23,17 @@ from typing import Any
 from safetensors.torch import load_file
 
 from bench.machine import commit, machine, versions
-from bench.random_checkpoint import write_checkpoint
+from bench.random_checkpoint import SMALLEST, write_checkpoint
 
 RESULTS = Path(__file__).resolve().parent / "results" / "ranks.json"
 SETTINGS = (
     *("miniature", "witness.every=0", "evaluation.num_prompts=0", "save_steps=0", "advantage.no_signal_steps=0", "reward={judge: 1.0}"),
     *("judge.least_accuracy=0", "epochs=100", "kl.hard_stop_steps=0"),
 )
-REAL_SIZE = (
-    *("batch_size=8", "gradient_accumulation_steps=1", "num_generations=4", "max_prompt_length=48", "max_completion_length=16"),
-    *("gradient_checkpointing=false", "precision=fp32"),
-)
+RANDOM_WEIGHTS = ("gradient_checkpointing=false", "precision=fp32", "learning_rate=1e-9")
+"""So small a rate that both sample the same tokens: what random weights say is a matter of rounding after a few steps, the work is not."""
+MANY_ROWS = ("batch_size=32", "gradient_accumulation_steps=1", "num_generations=8", "max_prompt_length=64", "max_completion_length=32")
+FEW_ROWS = ("batch_size=8", "gradient_accumulation_steps=1", "num_generations=4", "max_prompt_length=48", "max_completion_length=16")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 SMALL, LARGE = 8, 256
 """LoRA ranks."""
@@ -116,16 +117,18 @@ def main() -> None:
     """Measure both, and keep the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=6, help="on the miniature; half as many on the 270m shape")
+    parser.add_argument("--steps", type=int, default=6, help="on the miniature; half as many on the shape")
+    parser.add_argument("--shape", default="8m", help="of the random weights: 8m, 270m, 1b")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         place = Path(root)
-        model = f"model_name={write_checkpoint('270m', place / 'checkpoint')}"
+        model = f"model_name={write_checkpoint(options.shape, place / 'checkpoint')}"
+        rows = MANY_ROWS if options.shape == SMALLEST.name else FEW_ROWS
         found = {
             "traffic": traffic(place, 4),
             "speed": {
-                "270m": speed(place, options.pairs, options.steps // 2, model, *REAL_SIZE),
+                options.shape: speed(place, options.pairs, options.steps // 2, model, *RANDOM_WEIGHTS, *rows),
                 "miniature": speed(place, options.pairs, options.steps),
             },
         }
