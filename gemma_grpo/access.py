@@ -140,7 +140,7 @@ def access_problem(name: str, kind: Kind = "model", *, timeout: float = 10.0) ->
     if not _token().isprintable() or not _token().isascii():
         return _invalid_token()  # asking with it would put it into the error's text
     try:
-        answer = _ask(f"/api/{kind}s/{name}/auth-check", timeout)
+        answer = ask(f"/api/{kind}s/{name}/auth-check", timeout)
     except hub_errors() as error:
         return _unreachable(name, kind, f"cannot be reached ({_reason(error)})")
     return None if answer.is_success else _refusal(name, kind, answer, timeout)
@@ -246,7 +246,7 @@ def _is_complete(folder: Path, weights: bool) -> bool:
     return all((folder / shard).is_file() for shard in shards)  # an index that is damaged is loading's to name
 
 
-def _ask(path: str, timeout: float) -> Any:
+def ask(path: str, timeout: float) -> Any:
     """One GET with the user's token. HfApi().auth_check and whoami wait without a limit, which a dropped packet turns into minutes."""
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]
@@ -291,7 +291,7 @@ def _refusal(name: str, kind: Kind, answer: Any, timeout: float) -> AccessError 
 
 def _account(timeout: float) -> _Account:
     try:
-        answer = _ask("/api/whoami-v2", timeout)
+        answer = ask("/api/whoami-v2", timeout)
         if answer.status_code == 401:
             return _Account(valid=False)
         facts = answer.json() if answer.is_success else {}

@@ -6,6 +6,7 @@ what a visitor may not know of, 404 with RepoNotFound for somebody logged in.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -44,13 +45,19 @@ class Token:
     reads_gated: bool = True
     accepted: frozenset[str] = frozenset()
     pending: frozenset[str] = frozenset()
+    orgs: tuple[tuple[str, str], ...] = ()
+    """Name and role in it."""
+    scoped: tuple[tuple[str, str], ...] = ()
+    """Of a fine-grained token: an owner or repository, and a permission there."""
 
     @property
     def facts(self) -> dict[str, Any]:
         token: dict[str, Any] = {"displayName": self.name, "role": self.role}
         if self.role == "fineGrained":
-            token["fineGrained"] = {"canReadGatedRepos": self.reads_gated, "global": [], "scoped": []}
-        return {"type": "user", "name": self.user, "auth": {"type": "access_token", "accessToken": token}}
+            scoped = [{"entity": {"name": name}, "permissions": [permission]} for name, permission in self.scoped]
+            token["fineGrained"] = {"canReadGatedRepos": self.reads_gated, "global": [], "scoped": scoped}
+        orgs = [{"name": name, "roleInOrg": role} for name, role in self.orgs]
+        return {"type": "user", "name": self.user, "orgs": orgs, "auth": {"type": "access_token", "accessToken": token}}
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class Repository:
     files: dict[str, bytes] = field(default_factory=dict)
     gated: bool = False
     kind: str = "model"
+    private: bool = False
 
 
 @dataclass
@@ -118,6 +126,40 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._answer()
+
+    def do_POST(self) -> None:
+        """What an upload is made of: a repository, how its files want to be sent, and one commit with all of them."""
+        path = self.path.partition("?")[0]
+        self.hub.requests.append(f"POST {path}")
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        token = self.hub.tokens.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+        if self.hub.down:
+            return self._refuse(_Refusal(503, "Service Unavailable"))
+        if token is None:
+            return self._refuse(_Refusal(401, WHO_ARE_YOU))
+        if path == "/api/validate-yaml":
+            return self._send(200, {"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            return self._create(token, json.loads(body))
+        asked = re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/(preupload|commit)/main", path)
+        if asked is None or asked[1] not in self.hub.repositories:
+            return self._refuse(_Refusal(404, "Repository not found", "RepoNotFound"))
+        if asked[2] == "preupload":
+            files = [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": False} for one in json.loads(body)["files"]]
+            return self._send(200, {"files": files})
+        lines = [json.loads(line) for line in body.splitlines()]
+        sent = {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"}
+        self.hub.repositories[asked[1]].files.update(sent)
+        url = f"{self.hub.url}/{asked[1]}/commit/{COMMIT}"
+        return self._send(200, {"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""})
+
+    def _create(self, token: Token, wanted: dict[str, Any]) -> None:
+        repo = f"{wanted.get('organization') or token.user}/{wanted['name']}"
+        if repo in self.hub.repositories:
+            return self._send(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{repo}"})
+        private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
+        self.hub.repositories[repo] = Repository(private=private)
+        return self._send(200, {"url": f"{self.hub.url}/{repo}", "name": repo})
 
     def _answer(self) -> None:
         path = self.path.partition("?")[0]

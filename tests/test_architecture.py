@@ -28,6 +28,7 @@ ROWS: dict[str, float] = {
     "watchdog": 0,
     "shapes": 1,  # on the adapter's settings
     "access": 1.5,  # on the names that shapes knows
+    "upload": 2,
     "grpo.advantages": 1,
     "grpo.loss": 1,
     "grpo.control": 1,
@@ -49,7 +50,7 @@ ROWS: dict[str, float] = {
     "agreement": 5,
     "profile": 5,
     "diagnosis": 6,
-    "export": 5,
+    "export": 6.5,  # on the playground's way to open a run
     "monitor.alarms": 5,
     "miniature": 5,
     "grpo": 6,
@@ -62,17 +63,18 @@ WITHOUT_TORCH = (ASIDE, -0.5, 0, 7)
 
 HOMES = {
     "pydantic": ("config", "monitor.web"),
-    "yaml": ("config",),
+    "yaml": ("config", "monitor.card"),
     "typer": ("cli",),
     "torch.distributed": ("distributed", "launcher"),
     "transformers": ("data", "model"),
     "peft": ("model",),
     "datasets": ("data",),
-    "huggingface_hub": ("access",),
+    "huggingface_hub": ("access", "upload"),
     "httpx": ("rollout.replicas",),
     "httpx2": ("rollout.replicas",),
     "bitsandbytes": ("model.quantization",),
-    "safetensors": ("checkpoint", "model.loading", "model.adapters"),
+    "safetensors": ("checkpoint", "model.loading", "model.adapters", "model.merging"),
+    "gguf": ("export.gguf",),
     "filelock": ("monitor.events", "monitor.writer"),
     "rich": ("monitor.terminal",),
     "matplotlib": ("monitor.charts",),

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gemma_grpo.cli import chat, compare, data, demo, doctor, plan, recipes, say_stopped, training, watch
+from gemma_grpo.cli import chat, compare, data, demo, doctor, export, plan, recipes, say_stopped, training, watch
 from gemma_grpo.cli.errors import Exit, output_error, report
 from gemma_grpo.cli.printing import say
 
@@ -37,6 +37,7 @@ app.command("report")(training.report)
 app.command("compare")(compare.compare)
 app.command("watch")(watch.watch)
 app.command("chat")(chat.chat)
+app.command("export")(export.export)
 
 
 def _version(asked: bool) -> None:

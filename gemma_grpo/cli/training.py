@@ -37,12 +37,19 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in output_dir; done anyway where there is one.")] = False,
     force: Force = False,
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time goes, beside what this machine could do.")] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", metavar="USER/NAME", help="Upload the adapter at the end; asked for now whether it may.")
+    ] = None,
     allow_code: AllowCode = None,
     code_sha256: CodeHash = None,
 ) -> int:
     """Train a policy: the reward adapter first if there is none, then GRPO, then before and after on held-out prompts."""
     if dry_run and profile:
         raise ValueError("--dry-run makes no step, so there is nothing to profile. Leave one of the two out.")
+    if push_to_hub is not None:
+        from gemma_grpo.upload import check_write_access
+
+        check_write_access(push_to_hub)  # before torch is loaded, and data is fetched
     config = load_recipe(recipe, parse_overrides(overrides or [], recipe))
     if config.gpus > 1 and world_size() == 1 and not dry_run:
         return start_ranks(config)
@@ -56,7 +63,7 @@ def train(
 
     from gemma_grpo.monitor.report import write_report
 
-    evaluation = trainer.train(resume_from_checkpoint=goes_on, force=force, profile=profile)
+    evaluation = trainer.train(resume_from_checkpoint=goes_on, force=force, profile=profile, push_to_hub=push_to_hub)
     if not is_first():
         return 0
     path = write_report(trainer.run_dir)

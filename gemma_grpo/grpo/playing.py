@@ -16,7 +16,7 @@ import torch
 
 from gemma_grpo.access import AccessError
 from gemma_grpo.checkpoint import read_checkpoint
-from gemma_grpo.config import load_recipe
+from gemma_grpo.config import GRPOConfig, load_recipe
 from gemma_grpo.data.batch import pad_rollouts
 from gemma_grpo.data.hh_rlhf import LoadedPairs
 from gemma_grpo.data.pieces import GrowingText
@@ -72,24 +72,29 @@ class Reply:
 class Player:
     """A run's model, to be asked. Make one with `open`."""
 
-    def __init__(self, run: RunDirectory, model: Gemma, functions: Functions | None) -> None:
-        self.run, self.model, self._functions = run, model, functions
-        self.config = load_recipe(run.recipe)
+    def __init__(self, run: RunDirectory, model: Gemma, functions: Functions | None, config: GRPOConfig) -> None:
+        self.run, self.model, self._functions, self.config = run, model, functions, config
         self.choice: Choice | None = None
         """Whose answers "tuned" are."""
 
     @classmethod
     def open(
-        cls, run_dir: str | Path, checkpoint: str = FINAL, *, beside: bool = False, reward_functions: Functions | None = None
+        cls,
+        run_dir: str | Path,
+        checkpoint: str = FINAL,
+        *,
+        beside: bool = False,
+        reward_functions: Functions | None = None,
+        config: GRPOConfig | None = None,
     ) -> Player:
-        """Load a run's base once, with one of its adapters on it.
+        """Load a run's base once, with one of its adapters on it; with `config`, as that says instead of the run's own settings.
 
         Raises ValueError for an adapter that is not there, a base that is not the run's, or, unless a device is spare or `beside` puts
         the copy on the CPU, a run that is being written.
         """
         run = RunDirectory.reading(run_dir)
         chosen(run.path, checkpoint)  # before a base is loaded for it
-        config, device = load_recipe(run.recipe), playing_device(run.path, beside=beside)
+        config, device = config or load_recipe(run.recipe), playing_device(run.path, beside=beside)
         preflight.hold_to_limit(config)
         model = Gemma.load(
             config.model_name,
@@ -101,7 +106,7 @@ class Player:
         )
         if (run.path / BASE).is_file():
             check_base(run, config.model_name, model.checksums)
-        player = cls(run, model, reward_functions)
+        player = cls(run, model, reward_functions, config)
         player._fit_precision()
         player.choose(checkpoint)
         return player

@@ -39,12 +39,14 @@ from gemma_grpo.grpo.setup import (
     zero_shot_judge,
 )
 from gemma_grpo.grpo.step import Stepper
+from gemma_grpo.monitor.card import write_card
 from gemma_grpo.monitor.events import RunDirectory, RunDirectoryError
 from gemma_grpo.monitor.terminal import Schedule
 from gemma_grpo.planner import find_shape
 from gemma_grpo.profile.recorder import PROFILE, PhaseWork, Profiler
 from gemma_grpo.reward.zero_shot import ZeroShotJudge
 from gemma_grpo.types import ScoredGroup, StepRecord
+from gemma_grpo.upload import check_write_access, upload
 
 GIVEN_ROWS = "rows given in Python"
 PROBE_PROMPTS = 8
@@ -103,16 +105,24 @@ class GRPOTrainer(Preparation):
 
     # ---- what a user calls
 
-    def train(self, resume_from_checkpoint: bool | None = None, *, force: bool = False, profile: bool = False) -> dict[str, Any]:
+    def train(
+        self, resume_from_checkpoint: bool | None = None, *, force: bool = False, profile: bool = False, push_to_hub: str | None = None
+    ) -> dict[str, Any]:
         """The whole road: reward adapter (when the reward is the trained judge), GRPO, evaluation. Returns the evaluation.
 
         With resume_from_checkpoint the run in output_dir goes on after its newest checkpoint; one that is finished is left as it is.
         Raises PreflightError, before anything is loaded, when the plan does not fit; `force` runs all the same. `profile` measures
-        this machine and writes profile.json: where the time went, beside what the machine could do.
+        this machine and writes profile.json: where the time went, beside what the machine could do. `push_to_hub` names a repository,
+        USER/NAME: whether it may be written to is asked first (AccessError), the adapter and its card are uploaded last.
         """
+        if push_to_hub is not None:
+            check_write_access(push_to_hub)
         with self._taking_part():
             # rank 0 sees the run directory, others may not
-            return self._train(bool(distributed.from_main(bool(resume_from_checkpoint), "the start")), force, profile)
+            evaluation = self._train(bool(distributed.from_main(bool(resume_from_checkpoint), "the start")), force, profile)
+        if push_to_hub is not None and distributed.is_main():
+            self.view.note(f"uploaded: {upload(push_to_hub, self.run.adapter)}")
+        return evaluation
 
     def _train(self, resume_from_checkpoint: bool, force: bool, profile: bool) -> dict[str, Any]:
         started = time.perf_counter()
@@ -190,6 +200,7 @@ class GRPOTrainer(Preparation):
             result["tasks"] = evaluate_tasks(self.model, tasks, limit=task_limit, batch_size=size, seed=self.config.seed)
             self._warn(*(f"task {name}: no metric of it is a mean over questions" for name, found in result["tasks"].items() if not found))
             self.run.write_json("evaluation.json", result)
+        write_card(self.run.path)
         self.run.event("phase", name="evaluation", seconds=time.perf_counter() - started)
         self.view.took("evaluation", time.perf_counter() - started, self.step)
         return result

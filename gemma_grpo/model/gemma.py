@@ -27,7 +27,7 @@ from gemma_grpo.data.batch import pad_groups
 from gemma_grpo.data.chat import BOS_ID, END_OF_TURN_ID, START_OF_TURN_ID
 from gemma_grpo.model.adapters import adapter_files, one_line, read_adapter, write_adapter
 from gemma_grpo.model.attention import ATTENTION_NAME, GroupLayout
-from gemma_grpo.model.loading import check_tokenizer_files, check_weight_files, empty_decoder, fill_decoder, share_out
+from gemma_grpo.model.loading import check_tokenizer_files, empty_decoder, fill_decoder, share_out, weight_files
 from gemma_grpo.model.memory import TokenBudget, explaining_exhaustion
 from gemma_grpo.model.precision import base_dtype, choose_divisor, default_device, float32_logits, rescale_residual
 from gemma_grpo.model.quantization import Quantizer
@@ -56,6 +56,8 @@ class Gemma:
         """How many tokens a pass over completions may hold; sampling has a limit of its own (rollout/local.py)."""
         self.checksums: Mapping[str, str] = {}
         """Of the base's tensors as they are stored, by name; empty for a model that was not loaded from files."""
+        self.divisor: float | None = None
+        """Of the residual stream of a base rescaled for float16; None for any other."""
         self.sharded: distributed.ShardedLayers | None = None
         """The ranks' shares of the base's layers; None where each rank, or the only one, has all of it."""
         self._lora, self._seed = lora, seed
@@ -111,7 +113,7 @@ class Gemma:
         base = empty_decoder(folder)  # before gigabytes of something else are fetched
         check_tokenizer_files(folder)
         folder = checkpoint_folder(name)
-        check_weight_files(folder)
+        weight_files(folder)  # read later; what is wrong with them is said now
         tokenizer = _load_tokenizer(folder)
         _check_tokenizer(tokenizer, name)
         with explaining_exhaustion(f"out of memory on {device} while loading {name}. {_ROOM}"):
@@ -139,10 +141,13 @@ class Gemma:
             return {}
         if divisor is not None:
             rescale_residual(self.causal_lm, int(divisor))
-            return {"divisor": float(divisor)}
+            self.divisor = float(divisor)
+            return {"divisor": self.divisor}
         batch = pad_groups(prompts, [[()] for _ in prompts]).to(self.device)
         with self.role(REFERENCE), explaining_exhaustion(f"out of memory on {self.device} in the first pass over prompts. {_ROOM}"):
-            return choose_divisor(self.causal_lm, lambda: self.hidden_states(GroupLayout(batch)))
+            found = choose_divisor(self.causal_lm, lambda: self.hidden_states(GroupLayout(batch)))
+        self.divisor = found["divisor"]
+        return found
 
     @property
     def device(self) -> torch.device:

@@ -112,7 +112,7 @@ def fill_decoder(
 
     Raises ValueError naming the file or tensor that is missing, misshapen, unreadable, not finite, or beyond what float16 holds.
     """
-    found = _decoder_tensors(folder, {name: tuple(weight.shape) for name, weight in model.named_parameters()})
+    found = _decoder_tensors(folder, model)
     checksums: dict[str, str] = {}
     for name in sorted(found, key=lambda name: (found[name].file, name)):  # a shard after the other
         owner, _, leaf = name.rpartition(".")
@@ -137,12 +137,27 @@ def fill_decoder(
     return checksums
 
 
-def _decoder_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, StoredTensor]:
-    """Decoder parameter -> where it lies. Reads headers only."""
+def decoder_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Decoder parameter -> where it lies in a checkpoint, a tied head as the embedding alone. Reads headers only.
+
+    Raises ValueError as `empty_decoder` and `fill_decoder` do.
+    """
+    return _decoder_tensors(folder, empty_decoder(folder))
+
+
+def read_whole(stored: StoredTensor) -> Tensor:
+    """One tensor as it is stored. Raises ValueError when its file cannot be read."""
+    with opened(stored.file) as tensors:
+        weight: Tensor = tensors.get_tensor(stored.key)
+    return weight
+
+
+def _decoder_tensors(folder: Path, model: Gemma3ForCausalLM) -> dict[str, StoredTensor]:
+    expected = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     found: dict[str, StoredTensor] = {}
     strangers: list[str] = []
     for tensor in _headers(folder):
-        name = "lm_head.weight" if _HEAD.match(tensor.key) else _DECODER.sub("model.", tensor.key)
+        name = decoder_name(tensor.key)
         if name in expected:
             if name in found:
                 both = " and ".join(f"{one.key} in {one.file.name}" for one in (found[name], tensor))
@@ -167,8 +182,8 @@ def _decoder_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> d
 
 def _headers(folder: Path) -> Iterator[StoredTensor]:
     """Every tensor of the checkpoint, without its numbers."""
-    for file in _weight_files(folder):
-        with _opened(file) as tensors:
+    for file in weight_files(folder):
+        with opened(file) as tensors:
             for key in tensors.keys():  # noqa: SIM118 - a safetensors handle, not a mapping
                 part = tensors.get_slice(key)
                 if part.get_dtype() not in _STORED:
@@ -176,12 +191,13 @@ def _headers(folder: Path) -> Iterator[StoredTensor]:
                 yield StoredTensor(file, key, tuple(part.get_shape()), _STORED[part.get_dtype()])
 
 
-def check_weight_files(folder: Path) -> None:
-    """Raises ValueError unless the weights are safetensors files of the folder itself. Reads none of them."""
-    _weight_files(folder)
+def stored_bytes(folder: Path, dtype: torch.dtype | None = None) -> int:
+    """Of a checkpoint's weights, a vision tower's too, as they are stored, or as they would be in `dtype`. Reads headers only."""
+    return sum(math.prod(tensor.shape) * (dtype or tensor.dtype).itemsize for tensor in _headers(folder))
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, all of its own folder. Raises ValueError naming what is missing or leads elsewhere."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
@@ -200,7 +216,13 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _opened(file: Path) -> Any:
+def decoder_name(key: str) -> str:
+    """What a stored tensor is called in a plain causal Gemma 3, whichever layout its file has."""
+    return "lm_head.weight" if _HEAD.match(key) else _DECODER.sub("model.", key)
+
+
+def opened(file: Path) -> Any:
+    """A safetensors file, mapped. Raises ValueError for one that cannot be read."""
     try:
         return safe_open(str(file), framework="pt")
     except OSError as error:
@@ -220,7 +242,7 @@ def _read(stored: StoredTensor, dtype: torch.dtype, device: torch.device) -> tup
     mapped, rows = (max(1, size // row_bytes) for size in (MAPPED_BYTES, PIECE_BYTES))
     for first in range(0, stored.shape[0], mapped):
         # opened anew: the pages of a closed map no longer count as this process's memory
-        with _opened(stored.file) as tensors:
+        with opened(stored.file) as tensors:
             part = tensors.get_slice(stored.key)
             for start in range(first, min(first + mapped, stored.shape[0]), rows):
                 piece = part[start : min(start + rows, first + mapped)]
