@@ -115,7 +115,7 @@ def _check_rows(rows: list[Any]) -> None:
     from gemma_grpo.data.prompts import parse_prompts
 
     loaded = parse_pairs(rows)
-    assert loaded.rows == len(rows) == loaded.kept + sum(loaded.dropped.values())
+    assert loaded.rows == len(rows) == loaded.kept + loaded.merged + sum(loaded.dropped.values())
     for pair in loaded.pairs:
         assert pair.chosen.strip() == pair.chosen != "" != pair.rejected == pair.rejected.strip()
         assert pair.messages[-1]["role"] == "user"

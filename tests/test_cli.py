@@ -128,7 +128,7 @@ def test_preview_shows_turns_and_no_control_character(capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     assert shown.splitlines()[0] == "--- row 1"
     assert "     user  Say\n           hi \\x1b[2J\n   chosen  Hello\n rejected  Go\n" in shown
-    assert shown.splitlines()[-1] == "--- 4 rows, 4 usable"
+    assert shown.splitlines()[-1] == "--- 4 rows, 4 usable, read as transcripts"
     assert "\x1b" not in shown
 
 
@@ -151,7 +151,8 @@ BAD_FILES = {
     "cut.jsonl.gz": (gzip.compress(os.urandom(5000))[:-900], "gz"),
     "words.jsonl": (b'{"text": "no pair"}\n', "none of 1 rows is usable"),
     "half.jsonl": (b'{"chosen": "a', "not JSON"),
-    "rows.csv": (b"chosen,rejected\n", "unknown kind of file"),
+    "rows.csv": (b"chosen,rejected\n", "holds no rows"),
+    "rows.txt": (b"chosen,rejected\n", "unknown kind of file"),
 }
 
 

@@ -1,4 +1,4 @@
-"""`gemma-grpo data`: rows as conversations, and how many are usable."""
+"""`gemma-grpo data`: rows as conversations, how many are usable, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Look at preference pairs or prompts before training on them.", no_args_is_help=True, rich_markup_mode=None)
 
-Source = Annotated[str, typer.Argument(metavar="PATH", help="A .jsonl, .json (also .gz) or .parquet file, or a Hub id.")]
+Source = Annotated[str, typer.Argument(metavar="PATH", help="A .jsonl, .json, .csv, .tsv (each also .gz) or .parquet file, or a Hub id.")]
 
 
 @app.command()
@@ -35,7 +35,7 @@ def preview(source: Source, rows: Annotated[int, typer.Option("--rows", "-n", mi
         for label, text in lines_of(item):
             first, *further = text.split("\n")
             say_data("\n".join([f"{label:>9}  {first}", *(f"{'':>9}  {line}" for line in further)]))
-    say(f"--- {loaded.rows} rows, {loaded.kept} usable")
+    say(f"--- {loaded.rows} rows, {loaded.kept} usable, read as {loaded.form}")
 
 
 @app.command()

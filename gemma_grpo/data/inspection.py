@@ -18,6 +18,7 @@ def pair_stats(loaded: LoadedPairs) -> dict[str, Any]:
     words = [(len(pair.chosen.split()), len(pair.rejected.split())) for pair in pairs]
     return {
         **_counts(loaded, [pair.source for pair in pairs], [conversation_id(pair.messages) for pair in pairs]),
+        "merged": loaded.merged,
         "prompt_words": percentiles([_num_words(pair.messages) for pair in pairs]),
         "chosen_words": percentiles([chosen for chosen, _ in words]),
         "rejected_words": percentiles([rejected for _, rejected in words]),
@@ -54,6 +55,7 @@ def percentiles(values: Sequence[int]) -> dict[str, int]:
 
 def _counts(loaded: LoadedPairs | LoadedPrompts, sources: Sequence[str], conversations: Sequence[str]) -> dict[str, Any]:
     return {
+        "form": loaded.form,
         "rows": loaded.rows,
         "kept": loaded.kept,
         "dropped": dict(loaded.dropped),

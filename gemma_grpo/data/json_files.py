@@ -25,7 +25,7 @@ MAX_DEPTH = 100
 """Rows are columns of text or lists of messages; what is deeper breaks code that walks it level by level."""
 
 _BOM = b"\xef\xbb\xbf"
-_GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
+GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
 class DataError(ValueError):
@@ -35,7 +35,7 @@ class DataError(ValueError):
 def jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """(line, value) of every line that is not blank, read as they are asked for. Raises DataError with the line."""
     number = 0
-    with _open(path) as file:
+    with open_file(path) as file:
         try:
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
@@ -46,8 +46,8 @@ def jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
                     )
                 if text := line.removeprefix(_BOM).strip():
                     yield number, _parsed(text, f"{path}:{number}")
-        except _GZIP_ERRORS as error:
-            raise _broken_gzip(path, f"after line {number}") from error
+        except GZIP_ERRORS as error:
+            raise broken_gzip(path, f"after line {number}") from error
 
 
 def json_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -58,14 +58,15 @@ def json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     yield from enumerate(rows, start=1)
 
 
-def _open(path: Path) -> IO[bytes]:
+def open_file(path: Path) -> IO[bytes]:
+    """The file's bytes, unpacked where its name ends in .gz."""
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
 def _whole(path: Path) -> bytes:
     parts: list[bytes] = []
     left = MAX_JSON_BYTES
-    with _open(path) as file:
+    with open_file(path) as file:
         try:
             while part := file.read(2**20):
                 parts.append(part)
@@ -75,8 +76,8 @@ def _whole(path: Path) -> bytes:
                         f"{path}: more than {MAX_JSON_BYTES // 2**20} MiB of JSON, which would be read whole. "
                         "Write one object a line to a .jsonl file, which is read line by line."
                     )
-        except _GZIP_ERRORS as error:
-            raise _broken_gzip(path, "before its end") from error
+        except GZIP_ERRORS as error:
+            raise broken_gzip(path, "before its end") from error
     return b"".join(parts)
 
 
@@ -104,12 +105,12 @@ def _parsed(data: bytes, where: str) -> Any:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise DataError(f"{where}: not JSON ({reason}). The file may be cut off: download it again, or mend this line.") from error
     # brackets can stand in text too: looking is for the few rows that have as many
-    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _depth_exceeds(value, MAX_DEPTH):
+    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and depth_exceeds(value, MAX_DEPTH):
         raise _too_deep(where)
     return value
 
 
-def _depth_exceeds(value: Any, limit: int) -> bool:
+def depth_exceeds(value: Any, limit: int) -> bool:
     """Whether lists and objects stand inside each other more than `limit` times; no recursion, which would be the damage itself."""
     level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(limit):
@@ -122,5 +123,6 @@ def _too_deep(where: str) -> DataError:
     return DataError(f"{where}: nested deeper than {MAX_DEPTH} levels. A row is an object of texts or lists of messages: flatten it.")
 
 
-def _broken_gzip(path: Path, where: str) -> DataError:
+def broken_gzip(path: Path, where: str) -> DataError:
+    """The error for what one of GZIP_ERRORS was raised for."""
     return DataError(f"{path}: the gzip data breaks off or is damaged {where}. Download it again.")

@@ -13,7 +13,9 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gemma_grpo.data.chat import BOS_ID, check_alternation, fold_system, open_model_turn_ids, reply_ids, turn_ids
+from gemma_grpo.data.forms import PROMPTS, Form, form_of
 from gemma_grpo.data.hh_rlhf import (
+    FIRST,
     LoadedPairs,
     alternates,
     check_text,
@@ -54,6 +56,10 @@ class LoadedPrompts:
     """Reason -> rows: not_a_prompt, not_text, empty_prompt, roles_do_not_alternate, last_turn_not_user."""
     examples: tuple[str, ...] = ()
     """Where the first three rows of each reason stand: "path:line: reason"."""
+    form: str = ""
+    """What the rows were read as, a name of forms.FORMS; empty for rows that came as PromptRow."""
+    numbers: tuple[int, ...] = ()
+    """Each prompt's row: its line in a file of lines, else counted from 1."""
 
     @property
     def kept(self) -> int:
@@ -106,16 +112,17 @@ class FittedDialogue:
 
 
 def load_dataset_rows(source: RowSource, *, name: str | None = None, strict: bool = False) -> LoadedPairs | LoadedPrompts:
-    """Rows of any supported source: pairs if they have chosen and rejected, else prompts if they have prompt or messages.
+    """Rows of any supported source: pairs if they have two replies in one of the forms of docs/data.md, else prompts.
 
     The first 100 rows decide. Raises DataError, also when no row is usable, and with `strict` for the first that is not.
     """
-    first, opened = open_rows(source).peek(100)
-    are_pairs = any(isinstance(row, PreferencePair) or _has(row, "chosen", "rejected") for row in first)
+    first, opened = open_rows(source).peek(FIRST)
+    form = form_of(first)
+    are_pairs = (form is not None and form.of_pairs) or any(isinstance(row, PreferencePair) for row in first)
     parse = parse_pairs if are_pairs else parse_prompts
     loaded: LoadedPairs | LoadedPrompts = parse(opened, name=name, strict=strict)
     if not loaded.kept:
-        raise DataError(no_usable_row(opened.place, first, loaded.rows, loaded.dropped))
+        raise DataError(no_usable_row(opened.place, first, loaded.rows, loaded.dropped, form=form))
     return loaded
 
 
@@ -125,16 +132,21 @@ def parse_prompts(rows: Rows | Iterable[Any], *, name: str | None = None, strict
     Whatever a row holds, it becomes a prompt or is counted under a reason (with `strict`: DataError); further columns are kept for
     the rewards.
     """
-    opened = rows if isinstance(rows, Rows) else open_rows(rows)
+    first, opened = (rows if isinstance(rows, Rows) else open_rows(rows)).peek(FIRST)
+    found = form_of(first)
+    form = found if found and not found.of_pairs else PROMPTS
     prompts: list[PromptRow] = []
+    numbers: list[int] = []
     rejections = Rejections(opened, strict=strict)
     for number, row in opened.numbered:
         try:
-            prompts.append(_parse_prompt(row, opened.name, name))
+            prompts.append(row if isinstance(row, PromptRow) else _parse_prompt(row, form, opened.name, name))
+            numbers.append(number)
         except UnusableRowError as why:
             rejections.add(number, why)
     counts = rejections.counts
-    return LoadedPrompts(tuple(prompts), len(prompts) + counts.total(), dict(counts), tuple(rejections.examples))
+    told = form.name if found or not all(isinstance(row, PromptRow) for row in first) else ""
+    return LoadedPrompts(tuple(prompts), len(prompts) + counts.total(), dict(counts), tuple(rejections.examples), told, tuple(numbers))
 
 
 def build_prompts(items: Iterable[PreferencePair | PromptRow], tokenizer: PreTrainedTokenizerBase, max_prompt_length: int) -> BuiltPrompts:
@@ -261,9 +273,9 @@ def _prompt(item: PreferencePair | PromptRow, fitted: FittedDialogue) -> Prompt:
     )
 
 
-def _parse_prompt(row: Any, fallback_name: str, name: str | None) -> PromptRow:
-    if isinstance(row, PromptRow):
-        return row
+def _parse_prompt(row: Any, form: Form, fallback_name: str, name: str | None) -> PromptRow:
+    if isinstance(row, Mapping):
+        row = form.read(row)
     if not _has(row, "prompt") and not _has(row, "messages"):
         raise UnusableRowError("not_a_prompt")
     column = "prompt" if _has(row, "prompt") else "messages"

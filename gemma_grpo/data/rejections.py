@@ -22,6 +22,13 @@ REASONS: Mapping[str, str] = MappingProxyType(
         "last_turn_not_assistant": "its last turn is not the assistant's",
         "last_turn_not_user": "its last turn is not the user's",
         "empty_prompt": "the last turn of its prompt is empty",
+        "tie": "its replies have the same score",
+        "scores_contradict": "rejected has a higher score than chosen",
+        "too_few_scores": "fewer than two of its replies have a text and a score",
+        "not_a_label": "its label is neither true nor false",
+        "no_counterpart": "no other row has its prompt and the other label",
+        "no_common_prompt": "chosen and rejected do not begin with the same words, and there is no prompt",
+        "unknown_turns": "it is one text with turn markers that are not hh-rlhf's",
     }
 )
 

@@ -16,12 +16,15 @@ from typing import Any, TypeAlias
 
 from gemma_grpo.access import access_problem, hub_errors
 from gemma_grpo.data.json_files import DataError, json_rows, jsonl_rows
+from gemma_grpo.data.tables import table_rows
 
 __all__ = ["DataError", "RowSource", "Rows", "describe_columns", "open_rows"]
 
 RowSource: TypeAlias = "str | os.PathLike[str] | Iterable[Any]"
 
-FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+_LINES = (".jsonl", ".jsonl.gz")
+_TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
+FORMATS = (*_LINES, ".json", ".json.gz", *_TABLES, ".parquet")
 _LFS_HEAD = b"version https://git-lfs"
 _GZIP_HEAD = b"\x1f\x8b"
 _HTML_HEADS = (b"<!doctype html", b"<html")
@@ -37,7 +40,7 @@ class Rows:
     place: str
     """The origin as an error message names it."""
     numbered: Iterator[tuple[int, Any]]
-    """Each row with its number: its line in a .jsonl file, else counted from 1."""
+    """Each row with its number: its line in a .jsonl or .csv file, else counted from 1."""
     by_line: bool = False
 
     def where(self, number: int) -> str:
@@ -62,7 +65,7 @@ def open_rows(source: RowSource) -> Rows:
             raise DataError("the dataset's name is empty. Give a path, or a Hub id such as Anthropic/hh-rlhf.")
         path = Path(os.path.expanduser(text))
         if os.path.exists(path) or not _looks_like_hub_id(text):
-            by_line = path.name.endswith((".jsonl", ".jsonl.gz"))
+            by_line = path.name.endswith((*_LINES, *_TABLES))
             return Rows(_file_name(path), str(path), _file_rows(_checked_file(path)), by_line)
         return Rows(text.rpartition("/")[2], f"Hub dataset {text}", enumerate(_hub_rows(text), start=1))
     if isinstance(source, Mapping):
@@ -149,7 +152,7 @@ def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:
         return enumerate(_parquet_rows(path), start=1)
     if path.name.endswith((".json", ".json.gz")):
         return json_rows(path)
-    return jsonl_rows(path)
+    return table_rows(path) if path.name.endswith(_TABLES) else jsonl_rows(path)
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:

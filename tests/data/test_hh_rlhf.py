@@ -99,7 +99,7 @@ def test_a_plain_text_prompt_is_one_user_turn():
         ({side: f"\n\nHuman: {side}" for side in GOOD}, "last_turn_not_assistant"),
         ({side: f"\n\nHuman: \n\nAssistant: {side}" for side in GOOD}, "empty_prompt"),
         ({side: [{"role": "system", "content": "s"}, {"role": "assistant", "content": side}] for side in GOOD}, "roles_do_not_alternate"),
-        ({side: f"no marker in {side}" for side in GOOD}, "not_a_pair"),
+        ({side: f"{side}, not begun alike" for side in GOOD}, "no_common_prompt"),
         ({"chosen": GOOD["chosen"]}, "not_a_pair"),
         ({"chosen": 3, "rejected": None}, "not_a_pair"),
         ({"chosen": [], "rejected": []}, "not_a_pair"),
@@ -135,7 +135,7 @@ def test_the_id_depends_on_content_alone():
 
 
 def test_data_of_which_nothing_is_left_says_why_and_what_was_expected():
-    with pytest.raises(DataError, match=r"none of 2 rows is usable \(not_a_pair 2\); columns found: question, answer. Expected chosen"):
+    with pytest.raises(DataError, match=r"none of 2 rows is usable \(not_a_pair 2\); columns found: question, answer. Nearest is "):
         load_hh_rlhf([{"question": "a", "answer": "b"}] * 2)
     with pytest.raises(DataError, match="rows of type str, int"):
         load_hh_rlhf(["a", 3])

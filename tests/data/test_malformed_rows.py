@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from preference_forms import FORM_CLASSES
 
 from gemma_grpo.data.hh_rlhf import LoadedPairs, load_hh_rlhf
 from gemma_grpo.data.prompts import LoadedPrompts, load_dataset_rows
@@ -197,7 +198,8 @@ def test_strict_prompts_stop_at_the_first_bad_row() -> None:
 
 
 def test_every_reason_is_given_to_some_class() -> None:
-    assert {outcome for _, outcome in (*PAIR_CLASSES.values(), *PROMPT_CLASSES.values())} == {KEPT, *REASONS}
+    of_forms = {outcome for _, outcome in FORM_CLASSES.values()}
+    assert {outcome for _, outcome in (*PAIR_CLASSES.values(), *PROMPT_CLASSES.values())} | of_forms == {KEPT, *REASONS}
 
 
 def test_what_is_put_right_is_the_same_conversation() -> None:

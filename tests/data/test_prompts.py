@@ -210,7 +210,7 @@ def test_rows_with_both_replies_are_pairs_and_others_prompts(tmp_path):
 
 def test_rows_that_are_neither_name_the_columns_found_and_expected():
     with pytest.raises(
-        DataError, match=r"none of 1 rows is usable \(not_a_prompt 1\); columns found: text. Expected chosen and rejected .* prompt"
+        DataError, match=r"none of 1 rows is usable \(not_a_prompt 1\); columns found: text. Nearest is .* Known forms: .* prompt"
     ):
         load_dataset_rows([{"text": "Hi"}])
 

@@ -26,8 +26,8 @@ def pair(text: str, reply: str = "yes") -> dict[str, str]:
 EMPTY = [pair(text, "") for text in TEXTS[:9]]
 DIFFER = [{**pair(text), "rejected": pair(f"{text}?")["rejected"]} for text in TEXTS[:2]]
 REMEDY = (
-    "Expected chosen and rejected (transcripts or lists of role/content messages), or for prompt datasets prompt or messages. "
-    "Rename the columns to these."
+    "read as transcripts: chosen, rejected (texts of Human: and Assistant: turns, as hh-rlhf has them). "
+    "Look at a row that is none of these: docs/data.md has an example of each form."
 )
 
 
@@ -41,7 +41,7 @@ def test_rows_that_are_all_dropped_say_how_many_for_which_reason() -> None:
             load(rows)
         assert str(refused.value) == (
             "the given rows: none of 12 rows is usable (empty_final_reply 9, prompts_differ 2, not_a_pair 1); "
-            f"columns found: chosen, rejected. {REMEDY}"
+            f"columns found: chosen, rejected, {REMEDY}"
         )
 
 

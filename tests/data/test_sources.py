@@ -108,7 +108,7 @@ def test_a_file_wins_over_a_hub_id_of_the_same_spelling(tmp_path, monkeypatch):
         ("a.json", LINES, "not JSON"),
         ("a.json", '{"rows": []}', "holds dict, expected a list"),
         ("a.parquet", b"PAR1 and then nothing of the kind", "not a readable parquet file"),
-        ("a.csv", "chosen,rejected\n", r"unknown kind of file. Known are .jsonl"),
+        ("a.txt", "chosen,rejected\n", r"unknown kind of file. Known are .jsonl"),
     ],
 )
 def test_broken_files_say_what_where_and_how_to_mend(tmp_path, name, content, message):
