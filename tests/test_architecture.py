@@ -47,6 +47,7 @@ ROWS: dict[str, float] = {
     "reward": 4,
     "rollout": 4,
     "evaluation": 5,
+    "data_check": 5,  # on the refusal pattern of the rewards
     "agreement": 5,
     "profile": 5,
     "diagnosis": 6,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gemma_grpo.cli.errors import Exit
 from gemma_grpo.cli.printing import say, say_data
 from gemma_grpo.escapes import printable
 
@@ -61,6 +63,29 @@ def stats(
     if examples:
         say_data(f"--- dropped, the first {EXAMPLES} of each reason")
         say_data("\n".join(map(_shown, examples)))
+
+
+@app.command()
+def check(
+    source: Source,
+    model: Annotated[str | None, typer.Option("--model", help="Also count, in this model's tokens, what the recipe's lengths cut.")] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="Whose lengths and data.holdout count; default: the defaults.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit code 2 when anything serious was found.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", metavar="REPORT.html", help="Write a page too.")] = None,
+) -> None:
+    """Look for what spoils training or should not be in it: duplicates, leaks, length bias, label slips, markers, personal data."""
+    from gemma_grpo.cli.data_check import checked, report_lines, write_page
+
+    report = checked(source, model, recipe).to_dict()
+    if output is not None:
+        write_page(output, source, report)
+    if as_json:
+        say(json.dumps(report, indent=2))
+    else:
+        say(*report_lines(source, report), *([f"report: {output}"] if output else []))
+    if strict and report["serious"]:
+        raise typer.Exit(Exit.USAGE)
 
 
 def _shown(value: Any) -> str:

@@ -24,8 +24,11 @@ _RATINGS = ("ratings", "rating", "scores")
 _SCORE_OF_ONE = ("overall_score", "score", "rating", "fine-grained_score")
 _TEXT_OF_ONE = ("response", "text", "content", "completion")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant", "system": "system"}
-_TRANSCRIPT = re.compile(r"(?:\A|\n\r?\n)\s*(?:Human|Assistant):")
-_SPEAKER = re.compile(r"(?im)^\W*(?:human|user|assistant|instruction|response)\W*:|<\|?\w+\|>|\[/?INST\]|<(?:start|end)_of_turn>")
+_TRANSCRIPT = re.compile(r"(?:\A\s*|\n\r?\n)(?:Human|Assistant):")
+_SPEAKER = re.compile(
+    r"(?im)^[^\w\n]{0,9}(?:human|user|assistant|instruction|response)[^\w\n]{0,5}:|<\|?\w{1,30}\|>|\[/?INST\]|<(?:start|end)_of_turn>"
+)
+"""Another format's turn markers; bounded, so that no text takes more than linear time."""
 
 
 # ---- which form a row has

@@ -34,6 +34,10 @@ class Form:
     """Each row is half a pair."""
 
 
+_NAME, _COLUMNS = 40, 50
+"""Characters of a name, and names, that are compared with the known ones."""
+
+
 def form_of(rows: Iterable[Any]) -> Form | None:
     """The form of a source by its first rows: the one most of them have, a form of pairs before one of prompts; None if none fits."""
     found = Counter(form.name for row in rows if isinstance(row, Mapping) and (form := _first_fit(row)))
@@ -46,7 +50,7 @@ def form_of(rows: Iterable[Any]) -> Form | None:
 
 def expected_columns(rows: Sequence[Any]) -> str:
     """For rows that fit no form: the nearest one and what it misses, and all forms that are known."""
-    columns = list(dict.fromkeys(str(name) for row in rows if isinstance(row, Mapping) for name in row))
+    columns = list(dict.fromkeys(str(name)[:_NAME] for row in rows if isinstance(row, Mapping) for name in row))[:_COLUMNS]
     nearest = max(FORMS.values(), key=lambda form: sum(_nearness(need, columns) for need in form.needs))
     missing = [_missing(need, columns) for need in nearest.needs if need not in columns]
     told = f"Nearest is {nearest.columns}: {'; '.join(missing) or 'its columns are there, but hold something else'}. " if columns else ""
@@ -61,7 +65,7 @@ def _nearness(need: str, columns: Sequence[str]) -> float:
 
 def _missing(need: str, columns: Sequence[str]) -> str:
     near = get_close_matches(need, columns, n=1, cutoff=0.7)
-    return f"{need} is missing" + (f" (is it {near[0][:40]}?)" if near else "")
+    return f"{need} is missing" + (f" (is it {near[0]}?)" if near else "")
 
 
 def _no_preference(columns: set[str]) -> str:

@@ -49,4 +49,10 @@ class Pairing:
 
 
 def _key(prompt: Any) -> str:
-    return prompt.strip() if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
+    """Equal for equal prompts, whatever they are."""
+    if isinstance(prompt, str):
+        return prompt.strip()
+    try:
+        return json.dumps(prompt, sort_keys=True, default=str)
+    except TypeError:  # names of several types cannot be sorted
+        return repr(prompt)

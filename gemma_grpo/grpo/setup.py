@@ -116,6 +116,7 @@ def build_training_data(rows: Rows, model: Gemma, config: GRPOConfig) -> Trainin
     built = build_prompts(items, model.tokenizer, config.max_prompt_length)
     train, held_out = split_by_conversation(built.prompts, lambda prompt: prompt.conversation_id, config.data.holdout)
     pairs, counts = _build_pairs(rows, model, config)
+    counts |= {"form": rows.form} if rows.form else {}
     counts |= {"rows": rows.rows, "kept": rows.kept, "dropped": dict(rows.dropped), "examples": list(rows.examples)}
     counts |= {"prompts": len(built.prompts), "prompts_dropped": dict(built.dropped), "prompts_shortened": built.shortened}
     if not train:

@@ -257,6 +257,15 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A checkpoint's tokenizer without its weights, by hub id or folder. Raises AccessError, or ValueError where it is no Gemma's."""
+    folder = checkpoint_folder(name, weights=False)
+    check_tokenizer_files(folder)
+    tokenizer = _load_tokenizer(folder)
+    _check_tokenizer(tokenizer, name)
+    return tokenizer
+
+
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)

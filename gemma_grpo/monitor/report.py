@@ -28,7 +28,7 @@ from gemma_grpo.monitor.run_files import Record, RunFiles, read_run_files, real,
 from gemma_grpo.monitor.votes import tally, tally_line
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
-_COLOURS = Path(__file__).with_name("colours.css")
+_STYLES = ("colours.css", "report.css")
 _SHOWN_GROUPS = 3
 _TOLD_EVENTS = ("warn", "rollback", "error", "note")
 
@@ -61,11 +61,21 @@ def render_report(files: RunFiles) -> str:
 
 @cache
 def _template() -> Template:
+    return report_template(_TEMPLATE)
+
+
+def report_template(path: Path) -> Template:
+    """A template in which every value is escaped, with the filters that make a dataset's text and numbers readable and harmless."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"text": _text, "number": _number, "score": _score, "share": _share, "listed": _listed}
     environment.filters |= {"when": _when, "duration": _duration}
     environment.filters["records"] = records
-    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    return environment.from_string(path.read_text(encoding="utf-8"))
+
+
+def report_style() -> Markup:
+    """The look that all reports share, as CSS."""
+    return Markup("".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in _STYLES))
 
 
 def _context(files: RunFiles) -> dict[str, Any]:
@@ -75,7 +85,7 @@ def _context(files: RunFiles) -> dict[str, Any]:
     frontier = frontier_chart(files.evaluation.get("frontier"))
     return {
         "files": files,
-        "colours": Markup(_COLOURS.read_text(encoding="utf-8")),
+        "style": report_style(),
         "verdict": findings.verdict(files.evaluation),
         "measures": _measures(files.evaluation),
         "arms": ["this run", *baselines],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from typing import Any
 
 import pytest
@@ -168,6 +169,26 @@ def test_columns_that_fit_no_form_are_listed_with_the_nearest_one() -> None:
     text = str(refused.value)
     assert "Nearest is prompt, chosen, rejected: prompt is missing (is it promt?); chosen is missing (is it choosen?). " in text
     assert all(form.columns in text for form in FORMS.values())
+
+
+def test_rows_of_odd_names_are_counted_and_named_in_short() -> None:
+    loaded = parse_pairs([{"prompt": {1: "a", "b": 2}, "completion": GOOD, "label": label} for label in (True, False)])
+    assert (loaded.merged, loaded.dropped["not_a_pair"]) == (1, 1)  # paired, and then no conversation
+    with pytest.raises(DataError) as refused:
+        load_dataset_rows([{f"{n} {'x' * 10**5}": 1 for n in range(500)}])
+    assert len(str(refused.value)) < 3000
+
+
+@pytest.mark.parametrize("piece", ["\n", "\n\n ", "# ", "<|a", "\r\n", "\n\nHuman"])
+def test_plain_texts_are_parted_in_linear_time(piece: str) -> None:
+    def seconds(size: int) -> float:
+        row = {side: piece * (size // len(piece)) + f" {side}" for side in ("chosen", "rejected")}
+        started = time.process_time()
+        parse_pairs([row])
+        return time.process_time() - started
+
+    small, large = (min(seconds(size) for _ in range(2)) for size in (2**13, 2**16))
+    assert large < 24 * max(small, 1e-3)  # 8 times the text; quadratic work takes 64 times as long
 
 
 def test_single_replies_and_red_team_transcripts_are_told_apart_from_pairs() -> None:
