@@ -24,6 +24,7 @@ from gemma_grpo.config import GRPOConfig, load_recipe, shipped_recipes
 from gemma_grpo.data.chat import BOS_ID, END_OF_TURN_ID, EOS_ID, START_OF_TURN_ID, STOP_IDS
 from gemma_grpo.escapes import printable, visible
 from gemma_grpo.planner.decide import numbers_of
+from gemma_grpo.reward.sandbox.running import sandbox_status
 from gemma_grpo.shapes import MINIATURE, ModelShape, known_shapes, shape_of
 
 GIB = 2**30
@@ -116,6 +117,7 @@ def diagnose(asked: str | None = None, *, deep: bool = False) -> Diagnosis:
     checks = [python_check(), *package_checks(), torch_check(build, gpu), card_check(gpu, card, bytes_in_use(gpu or card))]
     checks.append(precision_check(config, card, gpu))
     checks.append(bitsandbytes_check(config.quantization, _version("bitsandbytes")))
+    checks += [Check("sandbox", *sandbox_status())] if "unit_tests" in (config.reward or ()) else []
     checks += login_checks() if asked is None else model_checks(config.model_name)
     if deep:
         checks.append(_agreement_check(config, asked))

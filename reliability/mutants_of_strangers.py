@@ -48,7 +48,7 @@ MUTANTS_OF_STRANGERS = (
     ),
     Mutant(
         "a reward's children outlive it", _ISOLATED,
-        "found = _descendants(self.pid) - killed", "found = set[int]()",
+        "found = descendants(self.pid) - killed", "found = set[int]()",
         f"{_IN_A_CHILD}::test_what_a_call_started_does_not_outlive_it_when_it_answers_either",
     ),
     Mutant(

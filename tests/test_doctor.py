@@ -18,6 +18,7 @@ from gemma_grpo.agreement import Agreement
 from gemma_grpo.cards import GIB, Card
 from gemma_grpo.config import load_recipe
 from gemma_grpo.diagnosis import Check, Diagnosis, bitsandbytes_check, card_check, diagnose, disk_check, settings_of
+from gemma_grpo.reward.sandbox.running import why_not
 from gemma_grpo.shapes import MINIATURE_DIR
 
 GEMMA = "google/gemma-3-1b-it"
@@ -381,3 +382,10 @@ def test_deep_says_why_a_model_cannot_be_tried(checkpoint: Path) -> None:
 @pytest.mark.parametrize(("difference", "agrees"), [(0.0, True), (0.4, True), (0.41, False), (float("inf"), False), (float("nan"), False)])
 def test_only_what_rounding_explains_agrees(difference: float, agrees: bool) -> None:
     assert Agreement("miniature", "the CPU", "bfloat16", 10, difference, 0.4).agrees is agrees
+
+
+def test_a_recipe_that_runs_code_is_told_whether_it_can_be_shut_in() -> None:
+    why = why_not()
+    (check,) = (one for one in diagnose("code").checks if one.name == "sandbox")
+    assert (check.status, check.text.startswith("Programs can be shut in")) == (("ok", True) if why is None else ("fail", False))
+    assert not [one for one in diagnose("tutoring").checks if one.name == "sandbox"]

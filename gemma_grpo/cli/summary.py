@@ -100,3 +100,14 @@ def _change(metric: Mapping[str, Any], *, share: bool) -> str:
 def _interval(bounds: list[float], *, share: bool) -> str:
     low, high = (f"{bound:.1%}" if share else f"{bound:.3g}" for bound in bounds)
     return f" [95 %: {low} to {high}]"
+
+
+def canned_lines(canned: Mapping[str, Any] | None) -> list[str]:
+    """What the rewards made of the replies that stand beside the prompts; none where there are no such replies."""
+    if canned is None:
+        return []
+    lines = [f"canned replies: the good one above the bad one on {canned['won']} of {canned['prompts']} prompts"]
+    if canned["too_long"]:
+        lines[0] += f" ({canned['too_long']} more left out: the good one is longer than max_completion_length)"
+    lines += [f"  {name:<16} good {good:+.2f}, bad {bad:+.2f} on average" for name, (good, bad) in canned["parts"].items()]
+    return [*lines, *(f"  {name:<16} not asked: it is trained first" for name in canned["not_asked"])]

@@ -14,7 +14,7 @@ from gemma_grpo.cli.allowing import AllowCode, CodeHash, allowed_code
 from gemma_grpo.cli.compare import baseline_lines
 from gemma_grpo.cli.printing import say
 from gemma_grpo.cli.ranks import start_ranks
-from gemma_grpo.cli.summary import evaluation_lines, read_calibration, reward_lines, task_lines
+from gemma_grpo.cli.summary import canned_lines, evaluation_lines, read_calibration, reward_lines, task_lines
 from gemma_grpo.config import GRPOConfig, load_recipe, parse_overrides
 from gemma_grpo.escapes import printable
 from gemma_grpo.launched import is_first, world_size
@@ -33,7 +33,7 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such 
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Fetch, load and check data and model; show the plan; train nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Load and check data, model, rewards; show the plan; train nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in output_dir; done anyway where there is one.")] = False,
     force: Force = False,
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time goes, beside what this machine could do.")] = False,
@@ -159,6 +159,7 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     """What a dry run found: memory, steps, counts, rewards, and its first prompts as the model reads them."""
     lines = [str(plan["plan"]), "", f"{plan['steps']} steps", *(f"{name}: {value}" for name, value in plan["counts"].items())]
     lines.append("rewards: " + ", ".join(f"{name} x {weight:g}" for name, weight in plan["rewards"].items()))
+    lines += canned_lines(plan["canned"])
     for prompt in plan["prompts"]:
         lines.append(f"prompt {printable(prompt.prompt_id)}, {len(prompt.token_ids)} tokens:")
         lines += [f"  {message['role']}: {printable(message['content'])}" for message in prompt.messages]

@@ -1,4 +1,4 @@
-"""Settings of the machines a run has: they decide speed, memory and when to give up; what is learned changes with `serving` alone."""
+"""Settings of the machines a run has: speed, memory, when to give up. What is learned changes with `serving` and `sandbox` alone."""
 
 from __future__ import annotations
 
@@ -39,6 +39,15 @@ class RanksSettings(Stage):
     """What ranks that were asked to stop have to save in, before they are killed."""
     max_restarts: Whole = 0
     """Times that all are started again after one has failed, to go on from the last checkpoint."""
+
+
+class SandboxSettings(Stage):
+    """What a program of the reward "unit_tests" may use; network and files are never its to have (docs/applications.md)."""
+
+    seconds: Annotated[float, Field(gt=0, le=600)] = 5.0
+    """Time of the clock, and of the processor, for one program and all of its tests."""
+    memory_mib: Annotated[int, Field(ge=64, le=65536)] = 512
+    """Memory of one program, MiB; Python itself takes about 30 of them."""
 
 
 class ServingSettings(Stage):

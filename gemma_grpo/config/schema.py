@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from gemma_grpo.config.base import TOO_MANY, Count, Fraction, NonNegative, Positive, Stage, Whole
-from gemma_grpo.config.machine import MemorySettings, RanksSettings, ServingSettings, WatchdogSettings
+from gemma_grpo.config.machine import MemorySettings, RanksSettings, SandboxSettings, ServingSettings, WatchdogSettings
 from gemma_grpo.redact import holds_secret
 
 SERVED_TIS_CAP = 2.0
@@ -245,7 +245,7 @@ class GRPOConfig(Stage):
     model_name: str = "google/gemma-3-4b-it"
     """Hub id or folder of a Gemma 3 checkpoint; "miniature" is the tiny one that ships with the package."""
     dataset: str = "Anthropic/hh-rlhf"
-    """Hub id or file of preference pairs or prompts; "miniature" is the shipped world."""
+    """Hub id or file of preference pairs or prompts; "miniature" is the shipped world, "bundled:NAME" an application's prompts."""
     reward: dict[str, float] | None = None
     """Reward name -> weight; null takes the trained generative reward with small rules against degenerate text."""
     output_dir: str | None = None
@@ -299,6 +299,7 @@ class GRPOConfig(Stage):
     judge: JudgeSettings = JudgeSettings()
     witness: WitnessSettings = WitnessSettings()
     reward_function: RewardFunctionSettings = RewardFunctionSettings()
+    sandbox: SandboxSettings = SandboxSettings()
     memory: MemorySettings = MemorySettings()
     watchdog: WatchdogSettings = WatchdogSettings()
     ranks: RanksSettings = RanksSettings()

@@ -15,6 +15,7 @@ import torch
 
 from gemma_grpo.cards import GIB, Card, named_card, this_machine
 from gemma_grpo.config import GRPOConfig
+from gemma_grpo.data.bundled import unprefixed
 from gemma_grpo.data.hh_rlhf import LoadedPairs
 from gemma_grpo.data.sources import DataError
 from gemma_grpo.grpo.resuming import environment, fingerprint
@@ -22,6 +23,8 @@ from gemma_grpo.grpo.setup import Rows, TrainingData
 from gemma_grpo.model.precision import default_device, has_native_bf16
 from gemma_grpo.monitor.events import next_run_path
 from gemma_grpo.planner import Plan, PreflightError, find_shape, plan_run
+from gemma_grpo.reward.sandbox.running import why_not
+from gemma_grpo.reward.sandbox.unit_tests import UNIT_TESTS
 
 
 def running_card() -> Card:
@@ -75,6 +78,13 @@ def check_reward_can_be_had(rows: Rows, config: GRPOConfig) -> None:
         )
 
 
+def check_programs_can_be_run(weights: Collection[str]) -> None:
+    """Raise PreflightError when programs are to be run and this machine cannot shut them in."""
+    why = why_not() if UNIT_TESTS in weights else None
+    if why is not None:
+        raise PreflightError(why)
+
+
 def check_pairs_are_left(rows: Rows, data: TrainingData, config: GRPOConfig) -> None:
     """Raise DataError when a reward is to be trained and no pair is left to train it on."""
     if not data.pairs:
@@ -107,7 +117,8 @@ def run_path(config: GRPOConfig) -> Path:
     """output_dir, or else a new name within runs/ made of the model's and the dataset's: whatever these hold, never a place outside."""
     if config.output_dir:
         return Path(config.output_dir)
-    return next_run_path("runs", f"{config.model_name.rstrip('/').rpartition('/')[2]}-{Path(config.dataset).name.partition('.')[0]}")
+    model, dataset = config.model_name.rstrip("/").rpartition("/")[2], Path(unprefixed(config.dataset)).name.partition(".")[0]
+    return next_run_path("runs", f"{model}-{dataset}")
 
 
 def bytes_to_write(config: GRPOConfig, adapter_bytes: int, steps: int) -> int:

@@ -191,6 +191,8 @@ class Preparation:
         rows = self._read_rows(force=force)
         if self._must_train_reward:
             preflight.check_reward_can_be_had(rows, config)
+        if not callable(self._function):
+            preflight.check_programs_can_be_run(self.weights)
         plan = self.plan()
         preflight.refuse_unless_it_fits(plan, force=force)
         self.view.note(plan.summary)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from gemma_grpo.config import GRPOConfig
+from gemma_grpo.data.bundled import bundled_rows, is_bundled
 from gemma_grpo.data.chat import reply_ids
 from gemma_grpo.data.hh_rlhf import LoadedPairs, load_hh_rlhf
 from gemma_grpo.data.look_alikes import look_alike_prompts
@@ -32,7 +33,10 @@ from gemma_grpo.reward.generative import GenerativeReward, Judge
 from gemma_grpo.reward.lexical import LexicalReward
 from gemma_grpo.reward.pairwise import PairwiseJudge
 from gemma_grpo.reward.rules import RULES, build_rules
+from gemma_grpo.reward.sandbox.running import Limits
+from gemma_grpo.reward.sandbox.unit_tests import UNIT_TESTS, UnitTestReward
 from gemma_grpo.reward.shaping import ReferenceRewards, Replies, chosen_replies, par
+from gemma_grpo.reward.tasks import TASKS
 from gemma_grpo.reward.zero_shot import ZeroShotJudge
 from gemma_grpo.rollout.engine import RolloutEngine
 from gemma_grpo.types import Prompt
@@ -44,7 +48,7 @@ Functions: TypeAlias = Mapping[str, Callable[..., Any]]
 DEFAULT_REWARD = {"generative": 1.0, "overlong": 0.5, "repetition": 0.5, "empty": 1.0, "role_leak": 1.0}
 """The trained judge, shaped, and small bounded rules against text that is no reply at all (docs/method.md, rewards)."""
 TRAINED, ZERO_SHOT, PAIRWISE = "generative", "judge", "pairwise"
-BUILT_IN = (*RULES, TRAINED, ZERO_SHOT, PAIRWISE)
+BUILT_IN = (*RULES, *TASKS, UNIT_TESTS, TRAINED, ZERO_SHOT, PAIRWISE)
 MINIATURE = "miniature"
 REFERENCE_STEP = -3
 """Sampling counter of the replies that PAR is measured against."""
@@ -68,9 +72,14 @@ class TrainingData:
 
 
 def load_rows(dataset: Any, source_name: str | None, *, strict: bool = False) -> Rows:
-    """Parsed rows of a dataset by name, path or value; "miniature" is the shipped world. Raises DataError, if `strict` for any bad row."""
+    """Parsed rows of a dataset by name, path or value; "miniature" is the shipped world, "bundled:NAME" an application's prompts.
+
+    Raises DataError, if `strict` for any bad row.
+    """
     if is_miniature(dataset):
         return load_hh_rlhf(sample_pairs(MINIATURE_SEED, MINIATURE_PAIRS, _flipped(dataset)), name=source_name or MINIATURE)
+    if is_bundled(dataset):
+        return load_dataset_rows(bundled_rows(dataset), name=source_name, strict=strict)
     return load_dataset_rows(dataset, name=source_name, strict=strict)
 
 
@@ -226,8 +235,8 @@ def build_reward_stack(
         if name in functions:
             parts.append(WeightedReward(FunctionReward(functions[name], name, settings=config.reward_function), weight))
             continue
-        if name in RULES:
-            parts.append(WeightedReward(build_rules([name], config.max_completion_length)[0], weight))
+        if name in RULES or name in TASKS or name == UNIT_TESTS:
+            parts.append(WeightedReward(_without_model(name, config), weight))
             continue
         if name == PAIRWISE:  # a chance already: bounded, and measured against the group
             parts.append(WeightedReward(pairwise_judge(model, config), weight))
@@ -235,6 +244,12 @@ def build_reward_stack(
         verdict = (trained or GenerativeReward(model)) if name == TRAINED else judge or ZeroShotJudge(model, config.judge.rubric)
         parts.append(_judged(verdict, weight, model, config, reference_mean, engine))
     return RewardStack(parts)
+
+
+def _without_model(name: str, config: GRPOConfig) -> Reward:
+    if name == UNIT_TESTS:
+        return UnitTestReward(Limits(seconds=config.sandbox.seconds, memory_mib=config.sandbox.memory_mib))
+    return TASKS[name] if name in TASKS else build_rules([name], config.max_completion_length)[0]
 
 
 def _untouched_replies(engine: RolloutEngine, config: GRPOConfig) -> Replies:

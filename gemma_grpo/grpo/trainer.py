@@ -20,6 +20,7 @@ from gemma_grpo.grpo import resuming
 from gemma_grpo.grpo.abilities import Task, check_tasks, evaluate_tasks
 from gemma_grpo.grpo.assess import Scorers, evaluate_policy, evaluate_refusals, judge_warnings, measured_before
 from gemma_grpo.grpo.baselines import Baselines
+from gemma_grpo.grpo.canned import canned_report, check_canned
 from gemma_grpo.grpo.explain import CUT_OFF_STEPS, NoSignalError, never_stops, no_signal, step_warnings
 from gemma_grpo.grpo.gates import REMEDY, failing, gate_report, gate_warning
 from gemma_grpo.grpo.judges import CALIBRATION
@@ -212,10 +213,15 @@ class GRPOTrainer(Preparation):
         return Path(folder)
 
     def dry_run(self, *, force: bool = False) -> dict[str, Any]:
-        """Everything up to the first rollout: memory, data, model. Writes nothing. Raises PreflightError as `train` does."""
+        """Everything up to the first rollout: memory, data, model, and the rewards on replies that stand beside the prompts, if any do.
+
+        Writes nothing. Raises PreflightError as `train` does, and where a bad reply is worth as much as a good one.
+        """
         self._prepare(force=force)
         prompts, counts = self._prompts_of_step(0)[:2], dict(self.data.counts)
-        return {"plan": self.plan(), "steps": self.total_steps, "counts": counts, "rewards": dict(self.weights), "prompts": prompts}
+        canned = canned_report(self._function, self.weights, self.model, self.engine, self.data, self.config)
+        found = {"plan": self.plan(), "steps": self.total_steps, "counts": counts, "rewards": dict(self.weights), "prompts": prompts}
+        return found | {"canned": check_canned(canned)}
 
     def _loop(self) -> None:
         self.view.phase("training", f"{self.plan().product}; {len(self.data.prompts)} prompts, {self.total_steps} steps")

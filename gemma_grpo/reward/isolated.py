@@ -104,7 +104,7 @@ class _Child:
             self._kill_group(signal.SIGSTOP)  # nobody starts anything more while those are looked for who left the group
             killed: set[int] = set()
             for _ in range(_ROUNDS):
-                found = _descendants(self.pid) - killed
+                found = descendants(self.pid) - killed
                 for pid in found:
                     _kill(pid, signal.SIGKILL)
                 killed |= found
@@ -285,7 +285,7 @@ def _kill(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-def _descendants(root: int) -> set[int]:
+def descendants(root: int) -> set[int]:
     """What a process started, and what that started; empty where there is no /proc to ask."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():

@@ -207,6 +207,8 @@ CHANGES: dict[str, Change] = {
     "serving.max_staleness": Change(1, None),
     "serving.timeout_seconds": Change(1.0, None),
     "serving.tolerance": Change(0.5, None),
+    "sandbox.seconds": Change(1.0, None),  # these two: tests/reward/sandbox/test_unit_tests.py
+    "sandbox.memory_mib": Change(256, None),
     "watchdog.factor": Change(2.0, None),
     "watchdog.floor_seconds": Change(1.0, None),
     "data.source": Change("elsewhere", sources),
