@@ -26,7 +26,7 @@ DOCUMENT = WrittenPart(
     "<!-- figures, written by python -m bench.applications -->\n",
     "<!-- figures: end -->\n",
 )
-APPLICATIONS = ("research-qa", "tutoring", "code", "content", "conversation")
+APPLICATIONS = ("research-qa", "tutoring", "content", "conversation", "code")
 MINIATURE = (
     *("model_name=miniature", "learning_rate=2.5e-3", "batch_size=16", "gradient_accumulation_steps=1", "epochs=100", "max_steps=20"),
     *("max_completion_length=40", "gradient_checkpointing=false", "kl.beta=0.1", "kl.ref_target=null", "reward_model.learning_rate=2e-3"),
@@ -44,7 +44,8 @@ def train(name: str, words: Sequence[str]) -> dict[str, Any]:
     made_by = commit()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
-        given = [name, *MINIATURE, *MEASURED, *words, f"output_dir={folder}"]
+        settings = {word.partition("=")[0]: word for word in (*MINIATURE, *MEASURED, *words)}
+        given = [name, *settings.values(), f"output_dir={folder}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         subprocess.run([sys.executable, "-m", "gemma_grpo.cli", "train", *given], check=True, env=environment, cwd=temporary)
         evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))

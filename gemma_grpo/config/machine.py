@@ -45,7 +45,7 @@ class SandboxSettings(Stage):
     """What a program of the reward "unit_tests" may use; network and files are never its to have (docs/applications.md)."""
 
     seconds: Annotated[float, Field(gt=0, le=600)] = 5.0
-    """Time of the clock, and of the processor, for one program and all of its tests."""
+    """Processor time of one program and all of its tests; by the clock it has three times as long."""
     memory_mib: Annotated[int, Field(ge=64, le=65536)] = 512
     """Memory of one program, MiB; Python itself takes about 30 of them."""
 

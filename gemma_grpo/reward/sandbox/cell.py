@@ -31,7 +31,7 @@ _SYS_MOUNT_SETATTR = 442
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
-_GRACE_SECONDS = 30
+_GRACE_SECONDS = 600
 """Longer than the trainer waits; then init ends all by itself, whatever became of the trainer."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -223,6 +223,8 @@ def _run(job: dict[str, Any], results: int) -> NoReturn:
         _prctl(_PR_SET_DUMPABLE, 1)
         _serve(job, results)
         code = 0
+    except BaseException as error:
+        os.write(2, f"{error!r}\n".encode())
     finally:
         os._exit(code)
 

@@ -68,7 +68,9 @@ class UnitTestReward:
     def score_or_skip(self, groups: Sequence[RolloutGroup]) -> tuple[Scores, Skipped]:
         """Nothing is skipped; what had to be ended, or was denied something, is told in the warning."""
         tests = [tests_of(group.prompt) for group in groups]
-        asked = [[_job(code_of(one.text, group.prompt), own) for one in group.completions] for group, own in zip(groups, tests, strict=True)]
+        asked = [
+            [_job(code_of(one.text, group.prompt), own) for one in group.completions] for group, own in zip(groups, tests, strict=True)
+        ]
         jobs = list(dict.fromkeys(job for row in asked for job in row if job is not None))
         with ThreadPoolExecutor(max_workers=min(MAX_WORKERS, os.cpu_count() or 1)) as pool:
             outcomes = dict(zip(jobs, pool.map(self._run, jobs), strict=True))

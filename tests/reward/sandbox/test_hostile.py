@@ -18,7 +18,7 @@ from hostile_programs import HOSTILE
 from gemma_grpo.reward.sandbox.running import Limits, run_program, why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"programs cannot be shut in here: {why_not()}")
-LIMITS = Limits(seconds=2.0, memory_mib=256)
+LIMITS = Limits(seconds=1.0, memory_mib=256)
 
 
 class World:
@@ -98,7 +98,7 @@ def test_a_hostile_program_does_no_harm_and_is_reported(name: str, world: World)
     outcome = run_program(world.source(hostile.source), ["win()"], LIMITS)
     assert outcome.kind in hostile.kinds, outcome
     assert outcome.values.get(0) != hostile.expected
-    assert time.monotonic() - started < 60  # of a machine under load; its own time is 2 s
+    assert time.monotonic() - started < 60  # of a machine under load; its own time is 3 s
     assert inside() == set()
     assert world.harm() == []
     assert threading.active_count() == threads
