@@ -197,10 +197,13 @@ def _init(job: dict[str, Any], status: int, results: int) -> NoReturn:
 
 
 def _refuse(status: int, error: BaseException) -> NoReturn:
-    try:
-        os.write(status, f"{error.strerror if isinstance(error, OSError) else error!r}\n".encode())
-    finally:
-        os._exit(1)
+    text = f"{error.strerror if isinstance(error, OSError) else repr(error)}\n"
+    for number in (status, 2):
+        try:
+            os.write(number, text.encode())
+        except OSError:
+            continue
+    os._exit(1)
 
 
 def _silence() -> None:
@@ -237,6 +240,7 @@ def _serve(job: dict[str, Any], results: int) -> None:
         while data:
             data = data[os.write(results, data) :]
 
+    send({"begun": True})  # without it the trainer knows that nothing of the program's has run
     module = sys.modules["program"] = ModuleType("program")
     vars(module)["__builtins__"] = __builtins__  # what C code imports on a program's behalf is looked up there
     try:

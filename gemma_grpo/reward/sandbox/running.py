@@ -190,6 +190,8 @@ class _Cell:
     def _read_outcome(self, num_calls: int) -> Outcome:
         code = self._ended(_END_SECONDS)
         lines = [line for line in map(_parsed, bytes(self.results).split(b"\n")) if line]
+        if not any("begun" in line for line in lines):
+            raise SandboxError(f"a program was shut in and did not begin ({self._said() or f'exit code {code}'}). {REMEDY}")
         if syntax := next((line["syntax"] for line in lines if "syntax" in line), None):
             return Outcome("syntax", _shown(syntax))
         if code is not None and code > 128:
@@ -199,8 +201,7 @@ class _Cell:
             return _of_error(error)
         answered = sum("call" in line for line in lines)
         if code != 0 or answered < num_calls or not any("ran" in line for line in lines):
-            said = bytes(self.printed).decode("utf-8", "replace").strip().rpartition("\n")[2][:100]
-            return Outcome("exit", f"exit code {code} after {answered} of {num_calls} calls{': ' if said else ''}{said}")
+            return Outcome("exit", f"exit code {code} after {answered} of {num_calls} calls {self._said()}".rstrip())
         values: dict[int, Any] = {}
         failed: Any = None
         for line in lines:
@@ -213,6 +214,10 @@ class _Cell:
             return Outcome("ended", values=values)
         said = _of_error(failed)
         return Outcome(said.kind, said.detail, values)
+
+    def _said(self) -> str:
+        """The last line it printed."""
+        return bytes(self.printed).decode("utf-8", "replace").strip().rpartition("\n")[2][:100]
 
     def _ended(self, seconds: float) -> int | None:
         try:
