@@ -9,7 +9,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from gemma_grpo.data.json_files import jsonl_rows
 from gemma_grpo.data.sources import DataError
@@ -19,7 +19,7 @@ PREFIX = "bundled:"
 FOLDER = Path(str(resources.files("gemma_grpo.data"))) / "bundled"
 
 
-def is_bundled(dataset: Any) -> bool:
+def is_bundled(dataset: Any) -> TypeGuard[str]:
     """Whether a dataset's name is one of "bundled:NAME"."""
     return isinstance(dataset, str) and dataset.startswith(PREFIX)
 

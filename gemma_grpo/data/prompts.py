@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from gemma_grpo.data.bundled import bundled_rows, is_bundled
 from gemma_grpo.data.chat import BOS_ID, check_alternation, fold_system, open_model_turn_ids, reply_ids, turn_ids
 from gemma_grpo.data.forms import PROMPTS, Form, form_of
 from gemma_grpo.data.hh_rlhf import (
@@ -112,11 +113,11 @@ class FittedDialogue:
 
 
 def load_dataset_rows(source: RowSource, *, name: str | None = None, strict: bool = False) -> LoadedPairs | LoadedPrompts:
-    """Rows of any supported source: pairs if they have two replies in one of the forms of docs/data.md, else prompts.
+    """Rows of any source, or of "bundled:NAME": pairs if they have two replies in one of the forms of docs/data.md, else prompts.
 
     The first 100 rows decide. Raises DataError, also when no row is usable, and with `strict` for the first that is not.
     """
-    first, opened = open_rows(source).peek(FIRST)
+    first, opened = open_rows(bundled_rows(source) if is_bundled(source) else source).peek(FIRST)
     form = form_of(first)
     are_pairs = (form is not None and form.of_pairs) or any(isinstance(row, PreferencePair) for row in first)
     parse = parse_pairs if are_pairs else parse_prompts

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from gemma_grpo.config import GRPOConfig
-from gemma_grpo.data.bundled import bundled_rows, is_bundled
 from gemma_grpo.data.chat import reply_ids
 from gemma_grpo.data.hh_rlhf import LoadedPairs, load_hh_rlhf
 from gemma_grpo.data.look_alikes import look_alike_prompts
@@ -78,8 +77,6 @@ def load_rows(dataset: Any, source_name: str | None, *, strict: bool = False) ->
     """
     if is_miniature(dataset):
         return load_hh_rlhf(sample_pairs(MINIATURE_SEED, MINIATURE_PAIRS, _flipped(dataset)), name=source_name or MINIATURE)
-    if is_bundled(dataset):
-        return load_dataset_rows(bundled_rows(dataset), name=source_name, strict=strict)
     return load_dataset_rows(dataset, name=source_name, strict=strict)
 
 
