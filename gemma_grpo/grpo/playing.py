@@ -25,10 +25,10 @@ from gemma_grpo.data.sources import DataError
 from gemma_grpo.grpo import preflight
 from gemma_grpo.grpo.beside import playing_device
 from gemma_grpo.grpo.opinion import Opinion, Rewards
+from gemma_grpo.grpo.preparation import PROBE_PROMPTS
 from gemma_grpo.grpo.resuming import BASE, check_base
-from gemma_grpo.grpo.setup import Functions, load_rows
+from gemma_grpo.grpo.setup import GIVEN_ROWS, Functions, load_rows
 from gemma_grpo.grpo.step import role_logprobs, sampling_params
-from gemma_grpo.grpo.trainer import GIVEN_ROWS, PROBE_PROMPTS
 from gemma_grpo.model.gemma import REFERENCE, Gemma
 from gemma_grpo.monitor.choices import FINAL, Choice, choices, chosen
 from gemma_grpo.monitor.events import RunDirectory

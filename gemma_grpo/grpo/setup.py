@@ -49,6 +49,8 @@ DEFAULT_REWARD = {"generative": 1.0, "overlong": 0.5, "repetition": 0.5, "empty"
 TRAINED, ZERO_SHOT, PAIRWISE = "generative", "judge", "pairwise"
 BUILT_IN = (*RULES, *TASKS, UNIT_TESTS, TRAINED, ZERO_SHOT, PAIRWISE)
 MINIATURE = "miniature"
+GIVEN_ROWS = "rows given in Python"
+"""What a run calls its dataset that has no name."""
 REFERENCE_STEP = -3
 """Sampling counter of the replies that PAR is measured against."""
 MINIATURE_PAIRS, MINIATURE_SEED, MINIATURE_FLIPPED = 4000, 0, 0.2

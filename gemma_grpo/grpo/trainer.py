@@ -28,6 +28,7 @@ from gemma_grpo.grpo.keeping import Keeper
 from gemma_grpo.grpo.lookout import BEST, Lookout
 from gemma_grpo.grpo.preparation import Preparation
 from gemma_grpo.grpo.setup import (
+    GIVEN_ROWS,
     PAIRWISE,
     TRAINED,
     ZERO_SHOT,
@@ -48,10 +49,6 @@ from gemma_grpo.profile.recorder import PROFILE, PhaseWork, Profiler
 from gemma_grpo.reward.zero_shot import ZeroShotJudge
 from gemma_grpo.types import ScoredGroup, StepRecord
 from gemma_grpo.upload import check_write_access, upload
-
-GIVEN_ROWS = "rows given in Python"
-PROBE_PROMPTS = 8
-"""What a float16 base must hold with headroom before anything is trained."""
 
 
 class GRPOTrainer(Preparation):
