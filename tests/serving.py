@@ -201,6 +201,7 @@ class Told(list[tuple[str, str, Mapping[str, Any]]]):
     """What an engine reported."""
 
     def __call__(self, what: str, text: str, fields: Mapping[str, Any]) -> None:
+        print(f"{what}: {text} {dict(fields)}")  # shown where a test fails
         self.append((what, text, fields))
 
     @property

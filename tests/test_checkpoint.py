@@ -127,10 +127,11 @@ def test_a_state_that_json_cannot_hold_exactly_is_refused_and_nothing_committed(
 FILES = [MANIFEST, "optimizer.safetensors", "policy/adapter_config.json", "policy/adapter_model.safetensors", "state.json"]
 
 
-def test_ten_thousand_flipped_bits_are_all_seen_and_named(folder: Path) -> None:
+@pytest.mark.parametrize("flips", [500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_flipped_bits_are_all_seen_and_named(folder: Path, flips: int) -> None:
     path, generator = folder / "step-00000012", random.Random(0)
     content = {name: (path / name).read_bytes() for name in FILES}
-    for _ in range(10_000):
+    for _ in range(flips):
         name = generator.choice(FILES)
         damaged = bytearray(content[name])
         damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
@@ -141,10 +142,11 @@ def test_ten_thousand_flipped_bits_are_all_seen_and_named(folder: Path) -> None:
     assert latest(folder).step == 12
 
 
-def test_two_thousand_cuts_are_all_seen_and_the_older_checkpoint_is_used(folder: Path) -> None:
+@pytest.mark.parametrize("cuts", [200, pytest.param(2_000, marks=pytest.mark.slow)])
+def test_cuts_are_all_seen_and_the_older_checkpoint_is_used(folder: Path, cuts: int) -> None:
     path, generator = folder / "step-00000012", random.Random(0)
     content = {name: (path / name).read_bytes() for name in FILES}
-    for _ in range(2_000):
+    for _ in range(cuts):
         name = generator.choice(FILES)
         length = generator.randrange(len(content[name]))
         (path / name).write_bytes(content[name][:length])

@@ -83,6 +83,7 @@ def test_train_writes_the_run_directory_and_evaluate_and_report_read_it(
     assert (output / "report.html").read_text(encoding="utf-8").startswith("<!")
 
 
+@pytest.mark.slow
 def test_a_profile_is_printed_written_and_in_the_report(
     tiny_model_dir: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,6 +100,7 @@ def test_a_profile_is_printed_written_and_in_the_report(
     assert "--dry-run makes no step, so there is nothing to profile." in refused(capsys, code)
 
 
+@pytest.mark.slow
 def test_the_resolved_recipe_repeats_the_run(tiny_model_dir: Path, prompts: Path, tmp_path: Path) -> None:
     assert train(tiny_model_dir, prompts, tmp_path / "first", VARIED) == 0
     assert run(["train", str(tmp_path / "first" / "recipe.yaml"), f"output_dir={tmp_path / 'second'}"]) == 0
@@ -106,6 +108,7 @@ def test_the_resolved_recipe_repeats_the_run(tiny_model_dir: Path, prompts: Path
     assert first == second
 
 
+@pytest.mark.slow
 def test_runs_are_compared_by_their_evaluations_and_by_the_settings_in_which_they_differ(
     tiny_model_dir: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,6 +248,7 @@ def test_a_finished_run_ends_well_again_and_no_file_of_it_is_changed(
         assert state(output) == before
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_elsewhere_says_what_differs_and_ends_well(
     tiny_model_dir: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

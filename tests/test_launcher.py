@@ -82,7 +82,7 @@ def whole(lab: Lab) -> list[bytes]:
     return lab.logs("whole")
 
 
-@pytest.mark.parametrize("who", ["the command", "a rank"])
+@pytest.mark.parametrize("who", ["the command", pytest.param("a rank", marks=pytest.mark.slow)])
 def test_a_stop_saves_once_and_the_same_command_goes_on(lab: Lab, whole: list[bytes], who: str) -> None:
     run = f"stopped-{who.replace(' ', '-')}"
     process = lab.start(run, "gpus=2", "max_steps=12")
@@ -97,7 +97,7 @@ def test_a_stop_saves_once_and_the_same_command_goes_on(lab: Lab, whole: list[by
     assert lab.logs(run) == whole
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_after_a_kill_all_start_again_and_the_run_is_the_same(lab: Lab, whole: list[bytes], number: int) -> None:
     run = f"killed-{number}"
     process = lab.start(run, "gpus=2", "max_steps=12", "ranks.max_restarts=1")

@@ -28,7 +28,7 @@ def paired_sums(gains: np.ndarray) -> np.ndarray:
     return np.stack([np.zeros_like(gains), ones, gains, ones], axis=-1)[:, None, :]
 
 
-@pytest.mark.parametrize("conversations", [12, 40, 200])
+@pytest.mark.parametrize("conversations", [12, 40, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_95_percent_interval_covers_the_truth_in_94_to_96_of_100_simulated_evaluations(conversations: int) -> None:
     # gain = 0.3 + what is the conversation's + what is the reply's; three replies to each
     rng, truth, covered, simulations = np.random.default_rng(0), 0.3, 0, 3000

@@ -169,9 +169,9 @@ def test_the_whole_stack_reaches_the_closed_form_optimum(settings: dict[str, Any
     "bug",
     [
         {"kl.estimator": "k3"},
-        {"advantage.baseline": "mean"},
-        {"advantage.scale": "group"},
-        {"wrong_temperature": True},
+        pytest.param({"advantage.baseline": "mean"}, marks=pytest.mark.slow),
+        pytest.param({"advantage.scale": "group"}, marks=pytest.mark.slow),
+        pytest.param({"wrong_temperature": True}, marks=pytest.mark.slow),
     ],
     ids=["plain-k3", "inclusive-mean", "group-std", "sampling-temperature"],
 )

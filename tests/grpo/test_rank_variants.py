@@ -44,6 +44,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def runs(small_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Ranks -> folder with a run for each variant."""

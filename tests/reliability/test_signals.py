@@ -93,9 +93,12 @@ MOMENTS: dict[str, Callable[[Process, Path], bool]] = {
     "saving": saving,
     "evaluation": printed("\nevaluation: "),
 }
+IN_TRAINING = ("a step", "saving")
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment", [*IN_TRAINING, *(pytest.param(name, marks=pytest.mark.slow) for name in MOMENTS if name not in IN_TRAINING)]
+)
 def test_a_termination_ends_with_75_and_the_run_goes_on_as_if_there_had_been_none(command, whole, tmp_path: Path, moment: str) -> None:
     run = tmp_path / "run"
     begin = started if moment == "a step" else forked  # which spares 6 seconds of imports
@@ -168,7 +171,7 @@ def at_step(command, folder: Path, **options) -> tuple[Process, Path]:
     return process, run
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_an_interrupt_and_a_hangup_are_requests_as_a_termination_is(command, whole, tmp_path: Path, number: signal.Signals) -> None:
     process, run = at_step(command, tmp_path)
     process.signal(number)
@@ -176,7 +179,7 @@ def test_an_interrupt_and_a_hangup_are_requests_as_a_termination_is(command, who
     assert_goes_on(command, run, whole)
 
 
-@pytest.mark.parametrize("times", [2, 20])
+@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_further_interrupts_end_it_at_once_and_leave_a_whole_checkpoint(command, whole, tmp_path: Path, times: int) -> None:
     process, run = at_step(command, tmp_path)
     for _ in range(times):

@@ -137,8 +137,10 @@ VIEWS = [
 ]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1440, 390])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [(1440, "light"), (390, "dark"), *(pytest.param(*look, marks=pytest.mark.slow) for look in ((1440, "dark"), (390, "light")))],
+)
 def test_every_view_is_accessible_and_fits(browser: Any, watched: Watched, width: int, scheme: str) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed").Axe()
     tab = Tab(browser, watched, viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce")
