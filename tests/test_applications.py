@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hostile_programs import HOSTILE
 
-from bench.applications import APPLICATIONS, DOCUMENT, MINIATURE
+from bench.applications import APPLICATIONS, DOCUMENT, MINIATURE, RESULTS, table
 from gemma_grpo.cli import run
 from gemma_grpo.config import load_recipe, parse_overrides
 from gemma_grpo.data.bundled import bundled_names, bundled_rows, canned_replies
@@ -96,6 +96,21 @@ def test_without_canned_replies_nothing_is_said() -> None:
     assert check_canned(None) is None
     with pytest.raises(PreflightError, match="on 1 of 2 prompts: this one"):
         check_canned({"lost": ["this one"], "prompts": 2})
+
+
+def test_the_documents_figures_are_those_of_the_results_and_every_reward_rose() -> None:
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    document = DOCUMENT.path.read_text(encoding="utf-8")
+    assert DOCUMENT.filled(document, table(results)) == document, "run python -m bench.applications"
+    for name, one in results["applications"].items():
+        assert one["steps"] == 20
+        assert one["reward"]["interval"][0] > 0, name
+
+
+def test_every_application_is_measured() -> None:
+    missing = set(APPLICATIONS) - set(json.loads(RESULTS.read_text(encoding="utf-8"))["applications"])
+    if missing:
+        pytest.skip(f"no figures yet for {', '.join(sorted(missing))}: python -m bench.applications")
 
 
 def test_the_documents_counts_are_those_of_the_files() -> None:
