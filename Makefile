@@ -14,7 +14,7 @@ SLOW := --numprocesses 2 --dist worksteal -m 'slow and not gpu'
 
 PEER := .venv-peer
 
-.PHONY: demo test test-slow check install bench mutants
+.PHONY: demo test test-slow check install bench docs mutants
 
 demo: $(VENV)/.installed
 	$(BIN)/gemma-grpo demo
@@ -32,6 +32,11 @@ mutants: $(VENV)/.installed-dev
 # our step beside TRL's, each in its own environment: bench/results, and the table and chart of docs/performance.md
 bench: $(VENV)/.installed $(PEER)/.installed
 	$(BIN)/python -m bench
+
+# the pages of docs/ as a site in site/; stops at a warning, a dead link or a dead anchor
+docs: $(VENV)/.installed-dev
+	$(BIN)/python scripts/write_reference.py
+	$(BIN)/python -m mkdocs build --strict
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
