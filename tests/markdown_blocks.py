@@ -24,6 +24,7 @@ SMALL = {
     **{"gradient_accumulation_steps": "1", "num_generations": "4", "max_prompt_length": "96", "max_completion_length": "16"},
     **{"reward_model.max_pairs": "64", "evaluation.num_prompts": "2", "evaluation.num_completions": "1"},
     **{"witness.num_prompts": "2", "witness.num_completions": "1", "witness.look_alikes": "0"},
+    "data.holdout": "0.01",
 }
 """KEY -> VALUE of `runs small`: the shipped miniature in place of Gemma's gated weights, and as little training as shows the road."""
 _COMMENT = re.compile(r"^\s*<!-- (?P<text>(?:runs|not run|printed by).*) -->$")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from gemma_grpo.cli import run
 QUICK = {
     **{"max_steps": 2, "batch_size": 4, "num_generations": 4, "witness.num_prompts": 4, "witness.look_alikes": 2},
     **{"reward_model.max_pairs": 64, "evaluation.num_prompts": 4, "evaluation.num_completions": 1, "save_steps": 1},
+    "data.holdout": 0.01,
 }
 """Of the run that the docs' placeholders stand for: what it learned is nothing, what it wrote is all there is."""
 
@@ -32,7 +34,8 @@ def pair(index: int) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made once for all processes of a test session; copy it before anything is run in it."""
-    shared = tmp_path_factory.getbasetemp().parent
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # each process has a folder of its own in the session's
     folder = shared / "docs-folder"
     with FileLock(shared / "docs-folder.lock"):
         if not (folder / "ready").is_file():
