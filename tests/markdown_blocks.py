@@ -20,13 +20,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LANGUAGES = ("bash", "python", "yaml", "json", "text")
 SMALL = {
-    **{"model_name": "miniature", "dataset": "miniature", "gpus": "1", "precision": "fp32", "max_steps": "1", "batch_size": "2"},
-    **{"gradient_accumulation_steps": "1", "num_generations": "4", "max_prompt_length": "96", "max_completion_length": "16"},
-    **{"reward_model.max_pairs": "64", "evaluation.num_prompts": "2", "evaluation.num_completions": "1"},
-    **{"witness.num_prompts": "2", "witness.num_completions": "1", "witness.look_alikes": "0"},
-    "data.holdout": "0.01",
+    **{"model_name": "small-gemma", "dataset": "rows.jsonl.gz", "gpus": "1", "precision": "fp32", "gradient_checkpointing": "false"},
+    **{"max_steps": "1", "batch_size": "2", "gradient_accumulation_steps": "1", "num_generations": "3", "save_steps": "1"},
+    **{"max_prompt_length": "120", "max_completion_length": "8", "data.holdout": "0.25"},
+    **{"reward_model.batch_size": "4", "reward_model.max_pairs": "8", "evaluation.num_prompts": "2", "evaluation.num_completions": "1"},
+    **{
+        "witness.share": "0.3",
+        "witness.every": "1",
+        "witness.num_prompts": "2",
+        "witness.num_completions": "1",
+        "witness.look_alikes": "0",
+    },
 }
-"""KEY -> VALUE of `runs small`: the shipped miniature in place of Gemma's gated weights, and as little training as shows the road."""
+"""KEY -> VALUE of `runs small`: a random Gemma 3 of two layers and 24 rows, both in the folder in which a page is followed
+(tests/docs/conftest.py), in the place of Gemma's gated weights; and as little training as shows the road."""
 _COMMENT = re.compile(r"^\s*<!-- (?P<text>(?:runs|not run|printed by).*) -->$")
 _RUNS = re.compile(r"^runs(?P<slow> slow)?(?P<small> small)?(?: with (?P<settings>[^:]+?))?(?:: (?P<why>.+))?$")
 _NOT_RUN = re.compile(r"^not run: (?P<why>.+)$")

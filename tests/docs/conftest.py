@@ -1,4 +1,7 @@
-"""A folder in which every line of the docs finds what it names: runs/NAME, runs/ONE, runs/OTHER, RUN, mine.yaml, mine.py, rows."""
+"""A folder in which every line of the docs finds what it names: runs/NAME, runs/ONE, runs/OTHER, RUN, mine.yaml, mine.py, rows.
+
+The runs are of a random Gemma 3 of two layers: what they learned is nothing, what they wrote is all there is.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,9 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from markdown_blocks import SMALL
 
 from gemma_grpo.cli import run
-
-QUICK = {
-    **{"max_steps": 2, "batch_size": 4, "num_generations": 4, "witness.num_prompts": 4, "witness.look_alikes": 2},
-    **{"reward_model.max_pairs": 64, "evaluation.num_prompts": 4, "evaluation.num_completions": 1, "save_steps": 1},
-    "data.holdout": 0.01,
-}
-"""Of the run that the docs' placeholders stand for: what it learned is nothing, what it wrote is all there is."""
 
 MINE = """def mine(completions, **columns):
     return [float(len(one[0]["content"])) for one in completions]
@@ -32,7 +29,7 @@ def pair(index: int) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def furnished(tmp_path_factory: pytest.TempPathFactory, small_model_dir: Path) -> Path:
     """Made once for all processes of a test session; copy it before anything is run in it."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # each process has a folder of its own in the session's
@@ -41,19 +38,21 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not (folder / "ready").is_file():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
+            shutil.copytree(small_model_dir, folder / "small-gemma")
             _furnish(folder)
             (folder / "ready").touch()
     return folder
 
 
 def _furnish(folder: Path) -> None:
-    settings = [f"{key}={value}" for key, value in QUICK.items()]
-    assert run(["train", "miniature", *settings, f"output_dir={folder / 'runs' / 'NAME'}"]) == 0
+    with gzip.open(folder / "rows.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write("".join(json.dumps(pair(index)) + "\n" for index in range(24)))
+    settings = {**SMALL, "max_steps": "2", "model_name": str(folder / "small-gemma"), "dataset": str(folder / "rows.jsonl.gz")}
+    words = [f"{key}={value}" for key, value in settings.items()]
+    assert run(["train", "miniature", *words, f"output_dir={folder / 'runs' / 'NAME'}"]) == 0
     for name in ("ONE", "OTHER"):
         shutil.copytree(folder / "runs" / "NAME", folder / "runs" / name)
     (folder / "RUN").symlink_to(Path("runs") / "NAME")
-    with gzip.open(folder / "rows.jsonl.gz", "wt", encoding="utf-8") as file:
-        file.write("".join(json.dumps(pair(index)) + "\n" for index in range(24)))
     (folder / "mine.py").write_text(MINE, encoding="utf-8")
     (folder / "mine.yaml").write_text("model_name: miniature\ndataset: miniature\nreward: {mine: 1.0}\n", encoding="utf-8")
 

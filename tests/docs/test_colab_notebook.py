@@ -1,6 +1,6 @@
 """The notebook for Colab: five cells that install nothing older, and that go on with a run after the session was killed.
 
-They run in a real kernel, on the miniature; the one thing that is changed is RUN, as the notebook says.
+They run in a real kernel, on a random Gemma of two layers; the one thing that is changed is RUN, as the notebook says.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from markdown_blocks import ROOT, SMALL
 
 nbclient = pytest.importorskip("nbclient", reason="the dev extra is not installed: pip install 'gemma-grpo[dev]'")
@@ -63,10 +64,10 @@ def test_its_settings_are_settings() -> None:
     assert (config.model_name, config.max_steps) == ("google/gemma-3-4b-it", 200)
 
 
-def on_the_miniature() -> Any:
+def on_a_small_gemma() -> Any:
     """The notebook with another RUN, and nothing else changed."""
     notebook = read()
-    small: dict[str, Any] = {key: json.loads(value) if value[0].isdigit() else value for key, value in SMALL.items()}
+    small = {key: yaml.safe_load(value) for key, value in SMALL.items()}
     run = {**small, "recipe": "gemma3-4b-t4", "name": "first", "max_steps": STEPS, "save_steps": 1}
     replaced = 0
     for cell in notebook.cells:
@@ -78,7 +79,7 @@ def on_the_miniature() -> Any:
 
 
 def client(folder: Path) -> Any:
-    return nbclient.NotebookClient(on_the_miniature(), timeout=PATIENCE, resources={"metadata": {"path": str(folder)}})
+    return nbclient.NotebookClient(on_a_small_gemma(), timeout=PATIENCE, resources={"metadata": {"path": str(folder)}})
 
 
 def steps(run: Path) -> list[int]:
@@ -116,9 +117,13 @@ def outputs(notebook: Any) -> str:
     return "\n".join(found)
 
 
-def test_a_session_that_is_killed_is_gone_on_with_by_running_the_cells_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_that_is_killed_is_gone_on_with_by_running_the_cells_again(
+    furnished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
+    for name in ("small-gemma", "rows.jsonl.gz"):
+        (tmp_path / name).symlink_to(furnished / name)
     run = tmp_path / "runs" / "first"
     killed_in_the_middle(tmp_path)
     made = steps(run)
