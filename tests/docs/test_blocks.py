@@ -18,7 +18,9 @@ from gemma_grpo.config import load_recipe
 BLOCKS = all_blocks()
 FROM_NOTHING = ("docs/tutorial.md",)
 """Pages that are followed in an empty folder."""
-PAGES = sorted({block.page for block in BLOCKS if block.is_run})
+SLOW = ("docs/tutorial.md",)
+"""Pages with a whole training of the miniature: a minute or two."""
+PAGES = sorted({block.page for block in BLOCKS if block.is_run} - set(SLOW))
 
 
 def place(block: Block) -> str:
@@ -61,7 +63,7 @@ def test_the_blocks_of_a_page_run_in_their_order(page: str, request: pytest.Fixt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS if block.is_slow}))
+@pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS if block.is_slow} | set(SLOW)))
 def test_the_slow_blocks_of_a_page_run(page: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     _follow(page, slow=True, request=request, empty=tmp_path / "empty")
 
