@@ -9,6 +9,7 @@ A decision is an HTML comment on the line before the fence; a block without one 
     <!-- printed by the block above -->          a text block, compared with what that block printed
 
 `bash` is run line by line, `python` executed, `yaml` read as a recipe, `json` parsed. `text` holds no command: output, or a drawing.
+`jsonl` and `csv` are rows, on the page whose own test reads them; `sh` is a script, on the page whose own test runs it whole.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LANGUAGES = ("bash", "python", "yaml", "json", "text")
+OF_PAGES = {"jsonl": "docs/data.md", "csv": "docs/data.md", "sh": "docs/your-own-reward.md"}
+"""Languages of one page: tests/data_check/test_documented_data.py reads its rows, tests/test_applications.py runs its script."""
 SMALL = {
     **{"model_name": "small-gemma", "dataset": "rows.jsonl.gz", "gpus": "1", "precision": "fp32", "gradient_checkpointing": "false"},
     **{"max_steps": "1", "batch_size": "2", "gradient_accumulation_steps": "1", "num_generations": "3", "save_steps": "1"},
@@ -62,7 +65,12 @@ class Block:
 
     @property
     def is_run(self) -> bool:
-        return self.language != "text" and not self.decision.startswith("not run")
+        return self.is_checked and not self.decision.startswith("not run")
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether it is held to the code here, run or not."""
+        return self.language in LANGUAGES and self.language != "text"
 
     @property
     def is_slow(self) -> bool:
@@ -81,6 +89,8 @@ class Block:
 
     def problem(self) -> str:
         """What is wrong with the decision; empty when nothing is."""
+        if OF_PAGES.get(self.language) == self.page:
+            return "" if not self.decision else "its own test reads or runs it; leave the comment out"
         if self.language not in LANGUAGES:
             return f"the language is {self.language!r}; choose one of {', '.join(LANGUAGES)}"
         if self.language == "text":

@@ -101,7 +101,7 @@ def parsed(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
 def check(words: Sequence[str]) -> None:
     """Raise for a verb, an option, a recipe or a setting that there is not."""
     _, values = parsed(words)
-    if "recipe" in values:
+    if values.get("recipe") is not None:
         load_recipe(values["recipe"], parse_overrides(values.get("overrides") or [], values["recipe"]))
     elif values.get("overrides"):
         parse_overrides(values["overrides"], "miniature")

@@ -5,6 +5,7 @@ The runs are of a random Gemma 3 of two layers: what they learned is nothing, wh
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import os
@@ -47,6 +48,9 @@ def furnished(tmp_path_factory: pytest.TempPathFactory, small_model_dir: Path) -
 def _furnish(folder: Path) -> None:
     with gzip.open(folder / "rows.jsonl.gz", "wt", encoding="utf-8") as file:
         file.write("".join(json.dumps(pair(index)) + "\n" for index in range(24)))
+    with (folder / "rows.csv").open("w", encoding="utf-8", newline="") as table:
+        writer = csv.writer(table)
+        writer.writerows([("prompt", "chosen", "rejected"), *((f"question {n}?", f"yes {n}", f"no, {n} is not it") for n in range(24))])
     settings = {**SMALL, "max_steps": "2", "model_name": str(folder / "small-gemma"), "dataset": str(folder / "rows.jsonl.gz")}
     words = [f"{key}={value}" for key, value in settings.items()]
     assert run(["train", "miniature", *words, f"output_dir={folder / 'runs' / 'NAME'}"]) == 0
