@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ from hostile_programs import HOSTILE
 from gemma_grpo.reward.sandbox.running import Limits, run_program, why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"programs cannot be shut in here: {why_not()}")
-LIMITS = Limits(seconds=1.0, memory_mib=256)
+LIMITS, PATIENT = Limits(seconds=1.0, memory_mib=256), Limits(seconds=20.0, memory_mib=256)
+"""The second for programs that end by themselves, however slow a machine under load is."""
 
 
 class World:
@@ -67,12 +69,13 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setenv("HF_TOKEN", "hf_thisIsTheToken")
-    made = World(tmp_path)
-    monkeypatch.setenv("HOME", str(made.home))
-    yield made
-    made.close()
+    with tempfile.TemporaryDirectory() as folder:  # not pytest's, which lies in a folder that is its user's alone
+        made = World(Path(folder))
+        monkeypatch.setenv("HOME", str(made.home))
+        yield made
+        made.close()
 
 
 def inside() -> set[int]:
@@ -95,10 +98,10 @@ def test_there_are_fifty_and_each_is_told_apart() -> None:
 def test_a_hostile_program_does_no_harm_and_is_reported(name: str, world: World) -> None:
     hostile, threads = HOSTILE[name], threading.active_count()
     started = time.monotonic()
-    outcome = run_program(world.source(hostile.source), ["win()"], LIMITS)
+    outcome = run_program(world.source(hostile.source), ["win()"], LIMITS if "time" in hostile.kinds else PATIENT)
     assert outcome.kind in hostile.kinds, outcome
     assert outcome.values.get(0) != hostile.expected
-    assert time.monotonic() - started < 60  # of a machine under load; its own time is 3 s
+    assert time.monotonic() - started < 120  # of a machine under load
     assert inside() == set()
     assert world.harm() == []
     assert threading.active_count() == threads
