@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator
@@ -126,6 +127,13 @@ def watching(environment: Path, away: Path) -> Iterator[str]:
 
 
 def test_the_page_is_served(watching: str) -> None:
-    with urllib.request.urlopen(watching, timeout=30) as answer:
-        assert answer.status == 200
-        assert b"<html" in answer.read()
+    deadline = time.monotonic() + 60
+    while True:  # the address is told a moment before the server listens
+        try:
+            with urllib.request.urlopen(watching, timeout=30) as answer:
+                assert answer.status == 200
+                assert b"<html" in answer.read()
+                return
+        except urllib.error.URLError:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
