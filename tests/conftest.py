@@ -16,7 +16,7 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig, PreTrainedTokenizerFast
 
 # every shape annotation of the public tensor functions is checked while the tests run
 CHECKED_MODULES = [
@@ -87,6 +87,24 @@ def random_gemma(config: Gemma3TextConfig, seed: int = 0, spread: float = 0.15) 
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=spread)
+    return model
+
+
+def random_multimodal(text_config: Gemma3TextConfig) -> Gemma3ForConditionalGeneration:
+    """This decoder beside a small vision tower, as the 4b and larger ones are."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=text_config.to_dict(),
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=300,
+    )
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
     return model
 
 

@@ -36,7 +36,7 @@ class Exit(IntEnum):
     """By a signal; sysexits.h calls it EX_TEMPFAIL: the same command continues or repeats the run."""
 
 
-_EXPLAINED = ("DoesNotFitError", "ServingError")
+_EXPLAINED = ("DoesNotFitError", "ExportError", "ServingError")
 """Errors of a run whose text is written for its user."""
 _USAGE = ("ConfigError", "DataError", "RunDirectoryError", "ResumeError")
 

@@ -20,7 +20,7 @@ from gemma_grpo.data.sources import DataError
 from gemma_grpo.export import gguf
 from gemma_grpo.export.likelihoods import Distance, Likelihoods, Sequences, distance, likelihoods, why_not
 from gemma_grpo.export.ollama import write_modelfile
-from gemma_grpo.export.staging import RECORD, check_free, check_room, staged
+from gemma_grpo.export.staging import RECORD, ExportError, check_free, check_room, staged
 from gemma_grpo.grpo.playing import Player
 from gemma_grpo.grpo.resuming import BASE
 from gemma_grpo.grpo.step import sampling_params
@@ -40,10 +40,6 @@ SAMPLE_STEP = -5
 """Sampling counter of the replies that are compared: neither training nor any measurement draws the same numbers."""
 PROMPTS, REPLY_TOKENS = 16, 64
 """So many replies of at most so many tokens are compared."""
-
-
-class ExportError(RuntimeError):
-    """What was written is not the trained model, and was deleted again. The message says what was found."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma_grpo.export.staging import ExportError
 from gemma_grpo.model.loading import StoredTensor, decoder_tensors, read_whole
 from gemma_grpo.planner import PreflightError
 from gemma_grpo.redact import redact
@@ -48,7 +49,7 @@ def converter() -> Path:
 def convert(script: Path, folder: Path) -> list[str]:
     """Turn a folder of merged weights into one with model.gguf alone. Returns what to tell the user.
 
-    Raises RuntimeError where the converter fails, or wrote other numbers than the merged ones.
+    Raises ExportError where the converter fails, or wrote other numbers than the merged ones.
     """
     tensors = decoder_tensors(folder)
     kind = _TYPES[tensors["model.layers.0.self_attn.q_proj.weight"].dtype]
@@ -59,7 +60,7 @@ def convert(script: Path, folder: Path) -> list[str]:
     done = subprocess.run(words, env=environment, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False)
     if done.returncode or not target.is_file():
         last = " | ".join(redact(done.stderr).strip().splitlines()[-_SHOWN_LINES:])
-        raise RuntimeError(f"{script} failed with exit code {done.returncode}: {last}. {_HOW}")
+        raise ExportError(f"{script} failed with exit code {done.returncode}: {last}. {_HOW}")
     verify(target, tensors)
     for path in folder.iterdir():
         if path != target:
@@ -68,13 +69,13 @@ def convert(script: Path, folder: Path) -> list[str]:
 
 
 def verify(file: Path, tensors: dict[str, StoredTensor]) -> None:
-    """Raise RuntimeError unless the file is a Gemma 3 with exactly these decoder weights, Gemma's control tokens and its template."""
+    """Raise ExportError unless the file is a Gemma 3 with exactly these decoder weights, Gemma's control tokens and its template."""
     from gguf import GGUFReader
 
     reader = GGUFReader(file)
     wrong = [*_wrong_fields(reader, tensors), *_wrong_tensors(reader, tensors)]
     if wrong:
-        raise RuntimeError(f"{file.name} as the converter wrote it is not the merged model: {'; '.join(wrong[:3])}. Update llama.cpp.")
+        raise ExportError(f"{file.name} as the converter wrote it is not the merged model: {'; '.join(wrong[:3])}. Update llama.cpp.")
 
 
 def _wrong_fields(reader: Any, tensors: dict[str, StoredTensor]) -> Iterator[str]:

@@ -14,6 +14,10 @@ RECORD = "export.json"
 """In the exported folder: what it was made of, and what was found when it was read again. It tells our folders from others'."""
 
 
+class ExportError(RuntimeError):
+    """What was written is not the trained model, and was deleted again. The message says what was found."""
+
+
 def check_free(target: Path, *, overwrite: bool) -> None:
     """Raise ValueError where something is in the way that may not be replaced."""
     if not target.exists() and not target.is_symlink():

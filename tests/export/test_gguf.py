@@ -11,12 +11,11 @@ import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from conftest import JUDGED, TinyRun, random_gemma, tiny_config
+from conftest import JUDGED, TinyRun, random_gemma, random_multimodal, tiny_config
 from safetensors.torch import load_file, save_file
+from transformers import Gemma3TextConfig
 
 from gemma_grpo.export import export
 from gemma_grpo.export.gguf import FILE, convert, converter, verify
@@ -113,14 +112,8 @@ def test_a_converter_that_fails_is_quoted_and_nothing_is_left(train_tiny: Callab
 
 
 def test_a_multimodal_checkpoint_gives_its_decoder(llama_cpp: Path, spoken_model_dir: Path, tmp_path: Path) -> None:
-    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
-
-    text: dict[str, Any] = Gemma3TextConfig.from_pretrained(spoken_model_dir).to_dict()
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
-    config = Gemma3Config(text_config=text, vision_config={**vision, "patch_size": 14}, mm_tokens_per_image=4, image_token_index=300)
-    torch.manual_seed(0)
     folder = Path(shutil.copytree(spoken_model_dir, tmp_path / "multimodal"))
-    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    random_multimodal(Gemma3TextConfig.from_pretrained(spoken_model_dir)).save_pretrained(folder)
     tensors = decoder_tensors(folder)
     (note,) = convert(converter(), folder)
     assert f"{len(tensors)} tensors" in note

@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import random_multimodal, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
-    Gemma3Config,
     Gemma3ForCausalLM,
-    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -71,19 +70,9 @@ def test_a_checkpoint_loads_with_the_logits_it_was_saved_with(tiny_model_dir: Pa
 
 
 @pytest.fixture(scope="module")
-def multimodal(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast, new_gemma: Callable[..., Gemma]) -> Any:
+def multimodal(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Any:
     """A Gemma 3 with a vision tower, as the 4b and larger ones have, and the folder it was saved to."""
-    text = new_gemma(moved=0).config.to_dict()
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Gemma3Config(
-        text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=4, image_token_index=300
-    )
-    torch.manual_seed(0)
-    model = Gemma3ForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.15)
+    model = random_multimodal(tiny_config())
     folder = tmp_path_factory.mktemp("multimodal")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

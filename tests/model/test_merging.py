@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer, random_gemma, tiny_config
+from conftest import byte_tokenizer, random_gemma, random_multimodal, tiny_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
+from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
 from gemma_grpo.model.merging import Delta, merge, read_deltas
 
@@ -84,22 +84,7 @@ def test_a_merged_text_checkpoint_is_base_and_adapter(tmp_path: Path, tiny_model
 
 def multimodal_checkpoint(folder: Path, prefix: str) -> Path:
     """As the 4b and larger ones are: the decoder beside a vision tower, under one of the names that their files have."""
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-    }
-    config = Gemma3Config(text_config=tiny_config().to_dict(), vision_config=vision, mm_tokens_per_image=4, image_token_index=300)
-    torch.manual_seed(0)
-    model = Gemma3ForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.15)
-    model.save_pretrained(folder)
+    random_multimodal(tiny_config()).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
     own = next(name for name in weights if name.endswith("embed_tokens.weight")).removesuffix("embed_tokens.weight")
