@@ -94,8 +94,8 @@ def test_a_tie_is_a_loss_and_what_could_not_be_sampled_is_counted(capsys: pytest
 
 def test_without_canned_replies_nothing_is_said() -> None:
     assert check_canned(None) is None
-    with pytest.raises(PreflightError, match="on 1 of 2 prompts: this one"):
-        check_canned({"lost": ["this one"], "prompts": 2})
+    with pytest.raises(PreflightError, match=r"on 1 of 2 prompts: this one.*a program was ended \(1 time\)"):
+        check_canned({"lost": ["this one"], "prompts": 2, "warnings": ["a program was ended (1 time)."]})
 
 
 def test_the_documents_figures_are_those_of_the_results_and_every_reward_rose() -> None:

@@ -110,7 +110,7 @@ def test_previews_and_statistics_of_a_dataset_are_harmless(rows: Path, capsys: p
 
 def test_a_dry_run_shows_its_prompts_harmlessly(capsys: pytest.CaptureFixture[str]) -> None:
     prompt = scored_group(ALL).group.prompt
-    canned = {"prompts": 1, "too_long": 1, "won": 1, "lost": [], "parts": {ALL: (1.0, 0.0)}, "not_asked": [ALL]}
+    canned = {"prompts": 1, "too_long": 1, "won": 1, "lost": [], "parts": {ALL: (1.0, 0.0)}, "not_asked": [ALL], "warnings": [ALL]}
     plan = {"plan": ALL, "steps": 2, "counts": {ALL: ALL}, "rewards": {ALL: 1.0}, "canned": canned, "prompts": [prompt]}
     say(*plan_lines(plan))
     printed = capsys.readouterr().out

@@ -110,4 +110,5 @@ def canned_lines(canned: Mapping[str, Any] | None) -> list[str]:
     if canned["too_long"]:
         lines[0] += f" ({canned['too_long']} more left out: the good one is longer than max_completion_length)"
     lines += [f"  {name:<16} good {good:+.2f}, bad {bad:+.2f} on average" for name, (good, bad) in canned["parts"].items()]
-    return [*lines, *(f"  {name:<16} not asked: it is trained first" for name in canned["not_asked"])]
+    lines += [f"  {name:<16} not asked: it is trained first" for name in canned["not_asked"]]
+    return [*lines, *(f"  {warning}" for warning in canned["warnings"])]

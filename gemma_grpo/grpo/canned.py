@@ -41,7 +41,7 @@ def canned_report(
     return {
         **{"prompts": len(fitting), "too_long": len(groups) - len(fitting), "won": len(fitting) - len(lost), "lost": lost},
         "parts": {name: _means(rows) for name, rows in scores.parts.items() if fitting},
-        "not_asked": [name for name in weights if name not in asked],
+        **{"not_asked": [name for name in weights if name not in asked], "warnings": list(scores.warnings)},
     }
 
 
@@ -50,9 +50,10 @@ def check_canned(report: dict[str, Any] | None) -> dict[str, Any] | None:
     if report is not None and report["lost"]:
         shown, more = report["lost"][:SHOWN], len(report["lost"]) - SHOWN
         told = "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
+        said = "".join(f" Also: {warning}" for warning in report["warnings"])
         raise PreflightError(
             f"the rewards put a bad canned reply at or above the good one on {len(report['lost'])} of {report['prompts']} prompts: {told}. "
-            "A policy would learn the bad one: change the weights in `reward`, judge.rubric, or the rows' columns chosen and bad."
+            f"A policy would learn the bad one: change the weights in `reward`, judge.rubric, or the rows' columns chosen and bad.{said}"
         )
     return report
 

@@ -37,7 +37,9 @@ START_SECONDS = 120.0
 """A machine under load may take so long to start it."""
 CLOCK = 3.0
 """A machine that has other work too gives a program its seconds later; what a reply is worth must not depend on that."""
-POLL_SECONDS = 0.05
+POLL_SECONDS, STEP_SECONDS = 0.05, 0.25
+"""How often a program is looked at; and how much of the clock one look counts at most: when a machine stood still, or had no processor for
+the watcher, it had none for the program."""
 _END_SECONDS = 5.0
 _ATTEMPTS = 3
 _DENIED = (
@@ -83,6 +85,9 @@ class Outcome:
     """Call -> what it returned, as cell.py sends it; only of a program that ended by itself."""
 
 
+_KILLED = Outcome("crash", "SIGKILL")
+
+
 def run_program(program: str, calls: Sequence[str], limits: Limits | None = None) -> Outcome:
     """Run a program, then evaluate each call in it, shut in and alone. It is gone afterwards, with all it started.
 
@@ -94,7 +99,10 @@ def run_program(program: str, calls: Sequence[str], limits: Limits | None = None
     for attempt in range(_ATTEMPTS):
         try:
             with _Cell(_job(program, calls, limits), limits) as cell:
-                return cell.outcome(len(calls))
+                outcome = cell.outcome(len(calls))
+            # a machine short of memory kills these programs first: nothing is known of the program until that is ruled out
+            if outcome != _KILLED or attempt == _ATTEMPTS - 1:
+                return outcome
         except SandboxError:
             if attempt == _ATTEMPTS - 1 or sys.platform != "linux":
                 raise
@@ -127,6 +135,19 @@ def _job(program: str, calls: Sequence[str], limits: Limits) -> bytes:
     return json.dumps(given | {"place": os.path.realpath(tempfile.gettempdir())}).encode()
 
 
+class _Clock:
+    """Seconds as the watcher had them."""
+
+    def __init__(self, seconds: float) -> None:
+        self.left, self.looked = seconds, time.monotonic()
+
+    def is_over(self) -> bool:
+        now = time.monotonic()
+        self.left -= min(now - self.looked, STEP_SECONDS)
+        self.looked = now
+        return self.left <= 0
+
+
 class _Cell:
     """One program's processes, seen from the trainer."""
 
@@ -157,22 +178,25 @@ class _Cell:
         return broken or self._read_outcome(num_calls)
 
     def _wait(self) -> Outcome | None:
-        """None when it ended by itself."""
-        deadline = time.monotonic() + START_SECONDS
+        """None when it ended by itself, and all that it was shut in with."""
+        clock = _Clock(START_SECONDS)
         with selectors.DefaultSelector() as selector:
             for pipe, kept in self.pipes.items():
                 selector.register(pipe, selectors.EVENT_READ, kept)
-            while selector.get_map():
+            while selector.get_map() or self._ended(0) is None:
                 check()
-                if time.monotonic() >= deadline:
+                if clock.is_over():
                     return Outcome("time", f"{CLOCK * self.limits.seconds:g} s")
+                if not selector.get_map():  # a loaded machine takes its time to take namespaces down
+                    self._ended(POLL_SECONDS)
+                    continue
                 for key, _ in selector.select(POLL_SECONDS):
                     data = os.read(key.fd, 64 * 1024)
                     getattr(self, key.data).extend(data)
                     if not data:
                         selector.unregister(key.fileobj)
                 if not self.shut and bytes(self.status) == SHUT:
-                    self.shut, deadline = True, time.monotonic() + CLOCK * self.limits.seconds
+                    self.shut, clock = True, _Clock(CLOCK * self.limits.seconds)
                 if broken := self._over_a_bound():
                     return broken
         return None
@@ -188,14 +212,14 @@ class _Cell:
         return None
 
     def _read_outcome(self, num_calls: int) -> Outcome:
-        code = self._ended(_END_SECONDS)
+        code = self._ended(0)
         lines = [line for line in map(_parsed, bytes(self.results).split(b"\n")) if line]
         if not any("begun" in line for line in lines):
             raise SandboxError(f"a program was shut in and did not begin ({self._said() or f'exit code {code}'}). {REMEDY}")
         if syntax := next((line["syntax"] for line in lines if "syntax" in line), None):
             return Outcome("syntax", _shown(syntax))
-        if code is not None and code > 128:
-            return _of_signal(code - 128)
+        if code is not None and (code > 128 or code < 0):  # of the program; of the sandbox itself
+            return _of_signal(code - 128 if code > 0 else -code)
         error = next((line["error"] for line in lines if "error" in line and "call" not in line), None)
         if error is not None:
             return _of_error(error)

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from cells import inside
 from hostile_programs import HOSTILE
 
 from gemma_grpo.reward.sandbox.running import Limits, run_program, why_not
@@ -78,17 +79,6 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         made.close()
 
 
-def inside() -> set[int]:
-    """Processes of sandboxes that this process started, whoever their parent is now: they carry its number in their command line."""
-    found = set()
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with suppress(OSError):
-            words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
-            if any(word.endswith(b"cell.py") for word in words) and str(os.getpid()).encode() in words:
-                found.add(int(name))
-    return found
-
-
 def test_there_are_fifty_and_each_is_told_apart() -> None:
     assert len(HOSTILE) >= 50
     assert len({one.source for one in HOSTILE.values()}) == len(HOSTILE)
@@ -102,7 +92,7 @@ def test_a_hostile_program_does_no_harm_and_is_reported(name: str, world: World)
     assert outcome.kind in hostile.kinds, outcome
     assert outcome.values.get(0) != hostile.expected
     assert time.monotonic() - started < 120  # of a machine under load
-    assert inside() == set()
+    assert inside() == []
     assert world.harm() == []
     assert threading.active_count() == threads
 
@@ -123,24 +113,14 @@ def test_nothing_is_left_when_the_trainer_is_killed(tmp_path: Path) -> None:
         assert trainer.stdout is not None
         trainer.stdout.readline()
         deadline = time.monotonic() + 60
-        while len(alive(trainer.pid)) < 4:  # supervisor, init, the program, its child
+        while len(inside(trainer.pid)) < 4:  # supervisor, init, the program, its child
             assert time.monotonic() < deadline
             time.sleep(0.01)
         trainer.kill()
         trainer.wait()
-    while alive(trainer.pid):
-        assert time.monotonic() < deadline + 60, alive(trainer.pid)
+    while inside(trainer.pid):
+        assert time.monotonic() < deadline + 60, inside(trainer.pid)
         time.sleep(0.01)
-
-
-def alive(trainer: int) -> list[str]:
-    found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with suppress(OSError):
-            words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
-            if any(word.endswith(b"cell.py") for word in words) and str(trainer).encode() in words:
-                found.append(name)
-    return found
 
 
 OTHER_USER = ("setpriv", "--reuid=65533", "--regid=65533", "--clear-groups")
