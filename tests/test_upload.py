@@ -94,3 +94,18 @@ def test_merged_weights_are_uploaded_to_a_public_repository_where_asked(hub: Hub
     assert done.returncode == 0, done.stderr
     assert not hub.repositories[ORG].private
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(hub.repositories[ORG].files)
+
+
+FROM_PYTHON = "import sys; from gemma_grpo import GRPOTrainer; print(GRPOTrainer.from_run(sys.argv[1]).push_to_hub(sys.argv[2]))"
+
+
+def test_a_finished_run_is_uploaded_from_python(hub: Hub, machine: Machine, finished: TinyRun) -> None:
+    done = machine.run("-c", FROM_PYTHON, str(finished.path), MINE, who="writer")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"{hub.url}/{MINE}"
+    assert hub.repositories[MINE].private
+    assert hub.repositories[MINE].files == {path.name: path.read_bytes() for path in (finished.path / "adapter").iterdir()}
+    refused = machine.run("-c", FROM_PYTHON, str(finished.path), ORG, who="reader")
+    assert refused.returncode == 1
+    assert "may not write" in refused.stderr
+    assert ORG not in hub.repositories

@@ -71,8 +71,8 @@ class GRPOTrainer(Preparation):
     ) -> None:
         named: dict[str, Any] = {"model_name": model_name, "dataset": dataset if isinstance(dataset, str | None) else GIVEN_ROWS}
         named["reward"] = reward if isinstance(reward, Mapping) else {reward: 1.0} if isinstance(reward, str) else None
-        given = {name: value for name, value in named.items() if value is not None}
-        self._set_up(build_config({**settings, **given}), dataset, given_functions(reward, reward_functions), view)
+        settings |= {name: value for name, value in named.items() if value is not None}
+        self._set_up(build_config(settings), dataset, given_functions(reward, reward_functions), view)
 
     @classmethod
     def from_recipe(
@@ -205,9 +205,14 @@ class GRPOTrainer(Preparation):
 
     def save_model(self, folder: str | Path) -> Path:
         """Write the policy adapter as a PEFT folder, loadable with PeftModel.from_pretrained on the same base."""
-        with saving(Path(folder)):
-            self.model.save_adapter("policy", Path(folder))
-        return Path(folder)
+        with saving(path := Path(folder)):
+            self.model.save_adapter("policy", path)
+        return path
+
+    def push_to_hub(self, repository: str, *, public: bool = False) -> str:
+        """Upload the run's adapter and its card to USER/NAME, private unless `public`. Returns the address; raises AccessError."""
+        check_write_access(repository)
+        return upload(repository, self.run.adapter, public=public)
 
     def dry_run(self, *, force: bool = False) -> dict[str, Any]:
         """Everything up to the first rollout: memory, data, model, and the rewards on replies that stand beside the prompts, if any do.
@@ -218,7 +223,7 @@ class GRPOTrainer(Preparation):
         prompts, counts = self._prompts_of_step(0)[:2], dict(self.data.counts)
         canned = canned_report(self._function, self.weights, self.model, self.engine, self.data, self.config)
         found = {"plan": self.plan(), "steps": self.total_steps, "counts": counts, "rewards": dict(self.weights), "prompts": prompts}
-        return found | {"canned": check_canned(canned)}
+        return {**found, "canned": check_canned(canned)}
 
     def _loop(self) -> None:
         self.view.phase("training", f"{self.plan().product}; {len(self.data.prompts)} prompts, {self.total_steps} steps")
@@ -286,11 +291,10 @@ class GRPOTrainer(Preparation):
 
     def _schedule(self) -> Schedule:
         """What the view counts as still to come. The evaluation answers as a look does, each prompt before and after."""
-        evaluation, prompts = self.config.evaluation, min(self.config.evaluation.num_prompts, len(self.data.held_out_prompts))
+        evaluation, look = self.config.evaluation, self.lookout.num_replies
+        prompts = min(evaluation.num_prompts, len(self.data.held_out_prompts))
         replies = 2 * evaluation.num_completions * (prompts + len(self.data.look_alikes) if prompts else 0)
-        look = self.lookout.num_replies
-        every = self.config.witness.every if look else 0
-        return Schedule(every, self.config.save_steps, replies / look if look else float(replies))
+        return Schedule(self.config.witness.every if look else 0, self.config.save_steps, replies / look if look else float(replies))
 
     def _step_or_save(self) -> tuple[StepRecord, list[ScoredGroup]]:
         """One step; what ends it early, a request or an error, must not cost the finished ones, nor what it had itself."""
@@ -304,8 +308,7 @@ class GRPOTrainer(Preparation):
         try:
             yield
         except BaseException as error:
-            not_kept = self.keeper.save_after(error, self.step)
-            if not_kept:
+            if not_kept := self.keeper.save_after(error, self.step):
                 self.view.warn(not_kept)
             raise
 
@@ -337,8 +340,7 @@ class GRPOTrainer(Preparation):
         witness = f", and a witness on {len(self.data.witness_pairs)} others" if self.data.witness_pairs else ""
         self.view.phase("reward adapter", f"no reward given: training one on {len(self.data.pairs)} preference pairs{witness}")
         started = time.perf_counter()
-        margin = gold_margin(self._dataset)
-        self.judges.train(self.run, self.engine, self.data, margin, progress=self._reward_progress, warn=self._warn)
+        self.judges.train(self.run, self.engine, self.data, gold_margin(self._dataset), progress=self._reward_progress, warn=self._warn)
         self.run.event("phase", name="reward adapter", seconds=time.perf_counter() - started)
         return self.judges.calibration
 
@@ -364,9 +366,7 @@ class GRPOTrainer(Preparation):
         self.lookout = Lookout(self.run, self.model, self.engine, scorers, self.data, self.config)
 
     def _gated(self, judge: ZeroShotJudge | None) -> dict[str, float]:
-        """The weights, 0 for judges of the untouched model that are not good enough on the held-out pairs. Raises ValueError where no
-        reward is left.
-        """
+        """The weights, 0 for judges of the untouched model that fail on the held-out pairs. Raises ValueError where none is left."""
         least, weights = self.config.judge.least_accuracy, dict(self.weights)
         pairwise = pairwise_judge(self.model, self.config) if PAIRWISE in weights and not callable(self._function) else None
         judges = {name: one for name, one in ((ZERO_SHOT, judge), (PAIRWISE, pairwise)) if one is not None}
