@@ -1,7 +1,7 @@
 """Plant one bug at a time in a copy of the code, and see the test that is there for it go red: `make mutants`, JSON out.
 
 A bug that no test notices survives; so does one whose text is no longer in the code. Exit code 1 where any did. The copy is made in a
-temporary folder; nothing here is changed. The bugs are in mutant_list.py and mutants_of_strangers.py.
+temporary folder; nothing here is changed. The bugs are in mutant_list.py and mutants_of_*.py.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from typing import Any
 
 from bench.machine import commit, machine, versions
 from reliability.mutant_list import MUTANTS, Mutant
+from reliability.mutants_of_exports import MUTANTS_OF_EXPORTS
 from reliability.mutants_of_strangers import MUTANTS_OF_STRANGERS
 from reliability.writer_kills import RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]
+ALL = (*MUTANTS, *MUTANTS_OF_STRANGERS, *MUTANTS_OF_EXPORTS)
 COPIED = ("gemma_grpo", "tests", "bench", "reliability", "scripts", "recipes", "docs", "pyproject.toml", "README.md", "Makefile")
 TESTS_FAILED = 1
 """pytest's exit code when tests ran and some were red; every other says that they could not run."""
@@ -118,7 +120,7 @@ def main() -> None:
     parser.add_argument("--survivors", action="store_true", help="plant only those that the last result says survived, or does not have")
     parser.add_argument("--out", type=Path, default=RESULTS / "mutants.json")
     options = parser.parse_args()
-    chosen = tuple(mutant for mutant in (*MUTANTS, *MUTANTS_OF_STRANGERS) if options.only is None or options.only in mutant.name)
+    chosen = tuple(mutant for mutant in ALL if options.only is None or options.only in mutant.name)
     rows: list[dict[str, Any]] = []
     if options.survivors:
         names = {mutant.name for mutant in chosen}

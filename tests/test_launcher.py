@@ -82,7 +82,8 @@ def whole(lab: Lab) -> list[bytes]:
     return lab.logs("whole")
 
 
-@pytest.mark.parametrize("who", ["the command", pytest.param("a rank", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["the command", "a rank"])
 def test_a_stop_saves_once_and_the_same_command_goes_on(lab: Lab, whole: list[bytes], who: str) -> None:
     run = f"stopped-{who.replace(' ', '-')}"
     process = lab.start(run, "gpus=2", "max_steps=12")
@@ -138,6 +139,7 @@ def test_an_error_of_one_rank_is_said_once_and_by_name(lab: Lab) -> None:
     assert [line.count(b"\n") for line in lab.logs("broken")[:1]] == [2]  # nothing of the third step was learned
 
 
+@pytest.mark.slow
 def test_more_ranks_than_prompts_are_refused(lab: Lab) -> None:
     code, _, err = lab.end(lab.start("many", "gpus=3", "gradient_accumulation_steps=1"))
     assert code == 2
@@ -159,6 +161,7 @@ def test_the_doctor_asks_the_ranks(lab: Lab) -> None:
     assert (refused.returncode, "Give a number" in refused.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_the_reward_alone_is_trained_by_ranks_too(lab: Lab) -> None:
     settings = ["reward_model.max_pairs=8", "reward_model.batch_size=4", "gpus=2", f"output_dir={lab.folder / 'judge'}"]
     command = [sys.executable, "-m", "gemma_grpo.cli", "train-reward", "recipe.yaml", *settings]

@@ -99,22 +99,29 @@ def beside_weights(phase: Phase) -> int:
     return phase.parts[ACTIVATIONS] + phase.parts[LOGITS] + phase.parts[SLIDING_KV] + phase.parts[GLOBAL_KV]
 
 
+UPDATES = [
+    (1024, ("q_proj", "v_proj"), 0.0, (32, 4, 32)),
+    (1024, ("q_proj", "v_proj"), 0.0, (96, 8, 6)),
+    (512, ("q_proj", "v_proj"), 0.0, (64, 8, 2)),
+    (2048, ALL, 0.0, (32, 4, 32)),
+    (2048, ("down_proj",), 0.0, (16, 2, 64)),
+    (2048, ("o_proj", "gate_proj"), 0.0, (32, 4, 32)),
+    (1024, ("q_proj", "v_proj"), 0.1, (32, 4, 32)),
+    (64, ("q_proj", "v_proj"), 0.0, (64, 4, 128)),  # scores: a group's in one block
+    (64, ("q_proj", "v_proj"), 0.0, (200, 3, 400)),  # two completions' in one block
+    (64, ("q_proj", "v_proj"), 0.0, (100, 2, 800)),  # half a completion's
+    (64, ("q_proj", "v_proj"), 0.0, (800, 2, 8)),  # half a prompt's
+]
+"""intermediate_size, LoRA's modules, dropout, lengths"""
+
+
 @pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("kind", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("intermediate", "modules", "dropout", "lengths"),
+    ("kind", "intermediate", "modules", "dropout", "lengths"),
     [
-        (1024, ("q_proj", "v_proj"), 0.0, (32, 4, 32)),
-        (1024, ("q_proj", "v_proj"), 0.0, (96, 8, 6)),
-        (512, ("q_proj", "v_proj"), 0.0, (64, 8, 2)),
-        (2048, ALL, 0.0, (32, 4, 32)),
-        (2048, ("down_proj",), 0.0, (16, 2, 64)),
-        (2048, ("o_proj", "gate_proj"), 0.0, (32, 4, 32)),
-        (1024, ("q_proj", "v_proj"), 0.1, (32, 4, 32)),
-        (64, ("q_proj", "v_proj"), 0.0, (64, 4, 128)),  # scores: a group's in one block
-        (64, ("q_proj", "v_proj"), 0.0, (200, 3, 400)),  # two completions' in one block
-        (64, ("q_proj", "v_proj"), 0.0, (100, 2, 800)),  # half a completion's
-        (64, ("q_proj", "v_proj"), 0.0, (800, 2, 8)),  # half a prompt's
+        *(pytest.param("fp32", *row) for row in UPDATES),
+        # a CPU is slow at bf16
+        *(pytest.param("bf16", *row, marks=pytest.mark.slow if row[0] in (64, 2048) else ()) for row in UPDATES),
     ],
 )
 def test_an_update_holds_what_is_planned(

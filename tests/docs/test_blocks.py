@@ -18,7 +18,7 @@ from gemma_grpo.config import load_recipe
 BLOCKS = all_blocks()
 FROM_NOTHING = ("docs/tutorial.md",)
 """Pages that are followed in an empty folder."""
-SLOW = ("docs/tutorial.md",)
+SLOW = ("docs/t4.md", "docs/tutorial.md")
 """Pages with a whole training of the miniature: a minute or two."""
 PAGES = sorted({block.page for block in BLOCKS if block.is_run} - set(SLOW))
 

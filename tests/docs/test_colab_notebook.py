@@ -120,6 +120,7 @@ def outputs(notebook: Any) -> str:
     return "\n".join(found)
 
 
+@pytest.mark.slow
 def test_a_session_that_is_killed_is_gone_on_with_by_running_the_cells_again(
     furnished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,7 +130,10 @@ def test_a_base_of_the_same_shape_with_other_weights_is_refused(run: Path, tmp_p
         export(run, "merged", base=str(other))
     assert left(run / "export") == []
     moved = Path(shutil.copytree(small_model_dir, tmp_path / "moved"))
-    assert export(run, "merged", base=str(moved)).apart.agreement == 1
+    merged = export(run, "merged", base=str(moved))
+    assert merged.apart.agreement == 1
+    with pytest.raises(ValueError, match=r"the base .* is not what .* began with"):  # the same adapter a second time
+        export(run, "merged", base=str(merged.path), output=tmp_path / "twice")
 
 
 def test_a_base_named_for_a_run_that_does_not_know_its_own_is_refused(run: Path, small_model_dir: Path) -> None:

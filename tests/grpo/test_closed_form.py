@@ -165,14 +165,10 @@ def test_the_whole_stack_reaches_the_closed_form_optimum(settings: dict[str, Any
     assert end < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "bug",
-    [
-        {"kl.estimator": "k3"},
-        pytest.param({"advantage.baseline": "mean"}, marks=pytest.mark.slow),
-        pytest.param({"advantage.scale": "group"}, marks=pytest.mark.slow),
-        pytest.param({"wrong_temperature": True}, marks=pytest.mark.slow),
-    ],
+    [{"kl.estimator": "k3"}, {"advantage.baseline": "mean"}, {"advantage.scale": "group"}, {"wrong_temperature": True}],
     ids=["plain-k3", "inclusive-mean", "group-std", "sampling-temperature"],
 )
 def test_each_known_mistake_misses_the_optimum(bug: dict[str, Any]) -> None:

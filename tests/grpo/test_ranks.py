@@ -92,6 +92,7 @@ trainer.train()
 """
 
 
+@pytest.mark.slow
 def test_a_rank_whose_weights_are_other_than_the_first_ones_ends_the_run(small_model_dir: Path, tmp_path: Path) -> None:
     settings = {**COMMON, "model_name": str(small_model_dir), "output_dir": str(tmp_path / "run"), "reward": {"mean_letter": 1.0}}
     found = ended(start_ranks(DIVERGING, 2, arguments=[json.dumps({**settings, "max_steps": 3})]), 120)

@@ -118,7 +118,8 @@ with distributed.joined(30):
 """
 
 
-@pytest.mark.parametrize("sharding", ["layers", pytest.param("whole", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["layers", "whole"])
 def test_a_rank_holds_its_part_and_what_is_gathered(small_model_dir: Path, sharding: str) -> None:
     found = ended(start_ranks(HELD, 2, arguments=[str(small_model_dir), sharding]), 120)
     assert [code for code, _, _ in found] == [0, 0], [err[-3000:] for _, _, err in found]

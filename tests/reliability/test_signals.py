@@ -93,12 +93,9 @@ MOMENTS: dict[str, Callable[[Process, Path], bool]] = {
     "saving": saving,
     "evaluation": printed("\nevaluation: "),
 }
-IN_TRAINING = ("a step", "saving")
 
 
-@pytest.mark.parametrize(
-    "moment", [*IN_TRAINING, *(pytest.param(name, marks=pytest.mark.slow) for name in MOMENTS if name not in IN_TRAINING)]
-)
+@pytest.mark.parametrize("moment", [name if name == "saving" else pytest.param(name, marks=pytest.mark.slow) for name in MOMENTS])
 def test_a_termination_ends_with_75_and_the_run_goes_on_as_if_there_had_been_none(command, whole, tmp_path: Path, moment: str) -> None:
     run = tmp_path / "run"
     begin = started if moment == "a step" else forked  # which spares 6 seconds of imports
@@ -194,6 +191,7 @@ def test_further_interrupts_end_it_at_once_and_leave_a_whole_checkpoint(command,
     assert_goes_on(command, run, whole)
 
 
+@pytest.mark.slow
 def test_a_run_under_nohup_outlives_its_terminal(command, whole, tmp_path: Path) -> None:
     process, run = at_step(command, tmp_path, before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     process.signal(signal.SIGHUP)
@@ -219,6 +217,7 @@ def test_a_terminal_that_goes_away_stops_the_run_and_it_can_go_on(command, whole
     assert_goes_on(command, run, whole)
 
 
+@pytest.mark.slow
 def test_a_reader_that_went_away_does_not_end_the_run(command, whole, tmp_path: Path) -> None:
     reading, writing = os.pipe()
     process = forked(command(tmp_path / "run"), tmp_path, prints={1: writing}, before=lambda: os.close(reading))
