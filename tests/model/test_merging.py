@@ -136,14 +136,15 @@ def one_layer(folder: Path, weight: list[list[float]], dtype: torch.dtype) -> Pa
 
 def test_a_change_below_half_the_last_digit_is_counted_as_lost(tmp_path: Path) -> None:
     # bfloat16 has 8 bits: above 1 the next number is 1 + 2^-7 = 1.0078125. 0.006 rounds up to it, 0.003 and -0.001 back to 1
-    # (below 1 the step is 2^-8, half of it 0.00195).
-    base = one_layer(tmp_path / "base", [[1.0, 1.0, 1.0]], torch.bfloat16)
-    delta = Delta(torch.tensor([[0.006, 0.003, -0.001]]), torch.tensor([[1.0]]), 1.0)
+    # (below 1 the step is 2^-8, half of it 0.00195). 2^-8 + 2^-18 is above half a step, and would not be if it were rounded first.
+    just = 2**-8 + 2**-18
+    base = one_layer(tmp_path / "base", [[1.0, 1.0, 1.0, 1.0]], torch.bfloat16)
+    delta = Delta(torch.tensor([[0.006, 0.003, -0.001, just]]), torch.tensor([[1.0]]), 1.0)
     (tmp_path / "merged").mkdir()
     merged = merge(base, {Q: delta}, tmp_path / "merged")
-    assert load_file(tmp_path / "merged" / "model.safetensors")[Q].tolist() == [[1.0078125, 1.0, 1.0]]
-    assert (merged.layers, merged.numbers, merged.changed) == (1, 3, 1)
-    assert merged.kept == pytest.approx(0.006 * 0.0078125 / (0.006**2 + 0.003**2 + 0.001**2), rel=1e-5)
+    assert load_file(tmp_path / "merged" / "model.safetensors")[Q].tolist() == [[1.0078125, 1.0, 1.0, 1.0078125]]
+    assert (merged.layers, merged.numbers, merged.changed) == (1, 4, 2)
+    assert merged.kept == pytest.approx((0.006 + just) * 0.0078125 / (0.006**2 + 0.003**2 + 0.001**2 + just**2), rel=1e-5)
 
 
 def test_a_merge_that_changes_nothing_is_refused_and_float32_keeps_it(tmp_path: Path) -> None:
