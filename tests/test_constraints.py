@@ -6,7 +6,6 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
-from architecture import ROOT
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
