@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,7 +36,7 @@ from gemma_grpo.rollout.local import LocalEngine
 from gemma_grpo.rollout.shared import AskedByMain, SharedEngine
 from gemma_grpo.rollout.vllm import ServedEngine
 from gemma_grpo.shapes import known_shapes
-from gemma_grpo.stopping import interruptible, listening
+from gemma_grpo.stopping import Stopped, interruptible, listening
 from gemma_grpo.types import Prompt
 
 PROBE_PROMPTS = 8
@@ -126,6 +127,9 @@ class Preparation:
             except BaseException as error:
                 if self._run is not None:
                     self.run.ended(self.step, error)
+                    if isinstance(error, Stopped):
+                        verb = "train-reward" if self._for_reward_alone else "train"
+                        self.view.note(f"gemma-grpo {verb} {shlex.quote(str(self.run.recipe))} --resume goes on with this run")
                 raise
             else:
                 self.run.ended(self.step)

@@ -73,6 +73,7 @@ def stopped_well(process: Process, run: Path, name: str) -> float:
         info = json.loads((run / "run.json").read_text(encoding="utf-8"))
         if info["status"] != "finished":  # and only the report was missing
             assert (info["status"], info["error"]) == ("stopped", f"stopped by {name}")
+            assert f"train {run / 'recipe.yaml'} --resume goes on with this run" in process.out
         steps_saved(run)
         RunDirectory.open(run).close()  # the lock is free
     return seconds

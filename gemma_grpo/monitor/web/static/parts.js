@@ -58,7 +58,8 @@ export function when(seconds) {
 }
 
 export function table(titles, rows) {
-  const head = el("tr", {}, titles.map((title, place) => el("th", { scope: "col", class: place ? null : "left" }, title)));
+  const words = (cell) => cell instanceof HTMLTableCellElement && /left|words/.test(cell.className); // a title stands where its cells do
+  const head = el("tr", {}, titles.map((title, place) => el("th", { scope: "col", class: place && !words(rows[0]?.[place]) ? null : "left" }, title)));
   const body = rows.map(([first, ...cells]) => el("tr", {}, el("th", { scope: "row" }, first),
     cells.map((cell) => (cell instanceof HTMLTableCellElement ? cell : el("td", {}, cell)))));
   return el("div", { class: "wide", tabindex: 0 }, el("table", {}, el("thead", {}, head), el("tbody", {}, body)));
