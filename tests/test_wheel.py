@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import time
 import urllib.error
 import urllib.request
@@ -70,6 +71,21 @@ def test_the_wheel_holds_what_it_needs_and_no_more(wheel: Path) -> None:
     assert any(name.startswith("gemma_grpo/monitor/web/") and name.endswith(".js") for name in names)
     assert not [name for name in names if name.startswith(("tests/", "bench/", "docs/", "reliability/"))]
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl", ".pyc"))]
+
+
+def test_the_source_distribution_makes_the_same_wheel_and_has_the_tests(wheel: Path, tmp_path: Path) -> None:
+    done(sys.executable, "-m", "venv", tmp_path / "env", cwd=tmp_path)
+    done(tmp_path / "env" / "bin" / "pip", "install", "--quiet", "build", cwd=tmp_path)
+    # a source distribution first, then a wheel of what is in that
+    done(tmp_path / "env" / "bin" / "python", "-m", "build", "--outdir", tmp_path / "dist", wheel.parent / "clone", cwd=tmp_path)
+    (again,), (source,) = (tmp_path / "dist").glob("*.whl"), (tmp_path / "dist").glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(again) as other:
+        contents = [{info.filename: info.CRC for info in archive.infolist()} for archive in (one, other)]
+    assert contents[0] == contents[1]
+    with tarfile.open(source) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"Makefile", "constraints.txt", "README.md", "tests/conftest.py", "docs/tutorial.md"} <= names
+    assert source.stat().st_size < MOST_BYTES
 
 
 def test_recipes_and_version_are_there(environment: Path, away: Path) -> None:
