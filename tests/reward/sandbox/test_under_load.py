@@ -17,7 +17,7 @@ from gemma_grpo.reward.sandbox import running
 from gemma_grpo.reward.sandbox.running import Limits, Outcome, run_program, why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"programs cannot be shut in here: {why_not()}")
-SLOW = "import time\ntime.sleep(1)"
+SLOW = "import time\ntime.sleep(2)"
 
 
 @contextmanager
@@ -61,11 +61,11 @@ def test_a_program_that_kills_itself_is_told_after_the_last_attempt() -> None:
 
 
 def test_what_it_was_shut_in_with_may_be_slow_to_go() -> None:
-    """The supervisor stands still from before the program's end until 6 s later, as under load when namespaces are taken down."""
+    """The supervisor stands still from before the program's end until 6 s after it, as under load when namespaces are taken down."""
 
     def stop(seen: list[int]) -> bool:
         os.kill(seen[0], SIGSTOP)
-        threading.Timer(7.0, os.kill, (seen[0], SIGCONT)).start()
+        threading.Timer(8.0, os.kill, (seen[0], SIGCONT)).start()
         return True
 
     with meanwhile(stop) as done:
@@ -75,7 +75,7 @@ def test_what_it_was_shut_in_with_may_be_slow_to_go() -> None:
 
 
 def test_time_in_which_nobody_watched_is_not_the_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each look comes 10 s after the one before, on a clock that runs fast: a program of a second has its second none the less."""
+    """Each look comes 10 s after the one before, on a clock that runs fast: a program of two seconds has them none the less."""
     began = time.monotonic()
     looks = 0
 
