@@ -142,7 +142,7 @@ def test_fifty_terminations_at_random_moments_lose_nothing(command, whole, tmp_p
         if at != "finished before":
             moments[at] += 1
     print(f"{dict(moments)}: {min(took):.2f} to {max(took):.2f} s")
-    assert {"loading", "step", "evaluation"} <= set(moments)
+    assert {"step", "evaluation"} <= set(moments)  # loading takes a moment that chance may miss; it has its own test above
     assert {"reward", "witness"} & set(moments)  # after an update of either judge's training
 
 
