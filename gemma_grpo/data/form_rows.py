@@ -131,7 +131,8 @@ def after_common_beginning(row: Row) -> dict[Any, Any]:
 
 def from_scored(row: Row) -> dict[Any, Any]:
     """UltraFeedback: of all completions the best against the worst."""
-    replies = [(_text_of(one), _score_of(one)) for one in row.get("completions") or () if isinstance(one, Mapping)]
+    given = row.get("completions")
+    replies = [(_text_of(one), _score_of(one)) for one in (given if isinstance(given, list) else ()) if isinstance(one, Mapping)]
     return _asked(row, ("completions",)) | _best_and_worst(replies)
 
 

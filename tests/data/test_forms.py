@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from preference_forms import ASK, BAD, FORM_CLASSES, GOOD, ONE_PAIR, USER, said, told
 
@@ -141,6 +141,7 @@ ANY = st.recursive(
 COLUMNS = sorted({*itertools.chain.from_iterable(row for _, rows in CASES for row in rows), "history", "rejected_response", "ratings"})
 
 
+@example(next(case for case in CASES if case[0] == "scored completions"), [{"chosen": None, "completions": 1}])
 @settings(max_examples=500, deadline=None)
 @given(st.sampled_from(CASES), st.lists(st.dictionaries(st.sampled_from(COLUMNS), ANY, max_size=6), max_size=4))
 def test_whatever_else_a_source_holds_its_rows_are_used_or_counted(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import sys
 
 import datasets
 import pytest
@@ -104,7 +105,10 @@ def test_a_file_wins_over_a_hub_id_of_the_same_spelling(tmp_path, monkeypatch):
         ("a.jsonl", LINES + '{"prompt": "cut of', r"a.jsonl:3: not JSON \(Unterminated string"),
         ("a.jsonl", LINES.encode() + b'{"prompt": "\xff"}\n', "a.jsonl:3: not UTF-8"),
         ("a.jsonl", "[" * 200_000, "a.jsonl:1: nested deeper than 100 levels"),
-        ("a.jsonl", "9" * 5000, "a.jsonl:1: not JSON"),
+        pytest.param(
+            *("a.jsonl", "9" * 5000, "a.jsonl:1: not JSON"),
+            marks=pytest.mark.skipif(not hasattr(sys, "get_int_max_str_digits"), reason="this Python reads numbers of any length"),
+        ),
         ("a.json", LINES, "not JSON"),
         ("a.json", '{"rows": []}', "holds dict, expected a list"),
         ("a.parquet", b"PAR1 and then nothing of the kind", "not a readable parquet file"),
