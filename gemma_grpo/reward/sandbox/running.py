@@ -187,10 +187,9 @@ class _Cell:
                 check()
                 if clock.is_over():
                     return Outcome("time", f"{CLOCK * self.limits.seconds:g} s")
-                if not selector.get_map():  # a loaded machine takes its time to take namespaces down
+                if not selector.get_map():  # a loaded machine takes its time to take namespaces down; or the program lets nothing be heard
                     self._ended(POLL_SECONDS)
-                    continue
-                for key, _ in selector.select(POLL_SECONDS):
+                for key, _ in selector.select(POLL_SECONDS if selector.get_map() else 0):
                     data = os.read(key.fd, 64 * 1024)
                     getattr(self, key.data).extend(data)
                     if not data:
