@@ -127,7 +127,8 @@ class Preparation:
             except BaseException as error:
                 if self._run is not None:
                     self.run.ended(self.step, error)
-                    if isinstance(error, Stopped):
+                    # what was given from Python, rows or functions, the recipe does not hold
+                    if isinstance(error, Stopped) and isinstance(self._dataset, str) and self._function is None:
                         verb = "train-reward" if self._for_reward_alone else "train"
                         self.view.note(f"gemma-grpo {verb} {shlex.quote(str(self.run.recipe))} --resume goes on with this run")
                 raise
